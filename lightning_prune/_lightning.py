@@ -1,0 +1,51 @@
+"""The one place that knows there are two Lightning packages, ``pytorch_lightning`` and ``lightning.pytorch``.
+
+They are separate copies of the same code: a callback of either runs in the Trainer of the other, but LightningCLI accepts only
+callbacks that are subclasses of its own, and modules do not cross. :class:`Callback` therefore inherits from each package that is
+installed, and everything else is reached through the Trainer or the module at hand.
+"""
+
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lightning_prune.errors import ModelError
+
+PACKAGES = ("pytorch_lightning", "lightning.pytorch")
+
+
+def _installed() -> list[ModuleType]:
+    roots = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
+    if not roots:
+        raise ModuleNotFoundError("lightning_prune needs pytorch-lightning or lightning: pip install pytorch-lightning")
+    return [importlib.import_module(name) for name in roots]
+
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+else:
+    Callback = type("Callback", tuple(package.Callback for package in _installed()), {"__module__": __name__})
+    Callback.__doc__ = "Base of our callbacks: a Callback of every installed Lightning package."
+
+
+def package_of(module: Any) -> ModuleType:
+    """Return the Lightning package whose Trainer fits a LightningModule.
+
+    Args:
+        module: A LightningModule or a class of them.
+
+    Raises:
+        ModelError: If it is no LightningModule.
+    """
+    kind = module if isinstance(module, type) else type(module)
+    for package in _installed():
+        if issubclass(kind, package.LightningModule):
+            return package
+    raise ModelError(f"{kind.__module__}.{kind.__qualname__} is no LightningModule. Give a class that inherits from one.")
+
+
+def is_lightning_module(module: Any) -> bool:
+    """Return whether ``module`` (or the class) is a LightningModule of either package."""
+    kind = module if isinstance(module, type) else type(module)
+    return any(issubclass(kind, package.LightningModule) for package in _installed())

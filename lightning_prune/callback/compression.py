@@ -1,0 +1,452 @@
+"""The base callback: drives a method through a fit.
+
+A method either acts *at the start*, in the window before optimizers exist, or *gradually*: it works on the dense shapes while training
+(masks, penalties, projections), and the model gets smaller when the fit has ended. Either way the method answers two questions, and this class
+does the rest:
+
+- :meth:`Compression.score` looks at model and data; every rank answers, so it may reduce over ranks.
+- :meth:`Compression.decide` turns scores into a plan; rank 0 answers, the others are told.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_prune import errors
+from lightning_prune._lightning import Callback
+from lightning_prune.callback import loggers
+from lightning_prune.callback.task import Task
+from lightning_prune.callback.window import Restore, Window, check_strategy
+from lightning_prune.errors import CheckpointError, LightningPruneError, ModelError, OptionError, TrainerError
+from lightning_prune.probe import Probe
+from lightning_prune.structure.carrier import plan_of
+from lightning_prune.structure.masks import Masks
+from lightning_prune.structure.plan import Origin, Plan, Stage
+from lightning_prune.structure.select import Pattern
+from lightning_prune.structure.surgery import compact_
+
+log = logging.getLogger(__name__)
+
+
+class Compression(Callback):
+    """Base of every method.
+
+    Args:
+        include: Layers to compress: names, globs or module types; None takes all that can be.
+        exclude: Layers to leave alone, likewise.
+        start_epoch: First epoch in which a gradual method acts.
+        until_epoch: Epoch at whose start a gradual schedule has reached its target; None means at once.
+        recalibrate_bn: Batches to estimate the statistics of batch normalization from after shapes have changed; 0 leaves them.
+
+    Attributes:
+        gradual: Whether the method acts while training and the model gets smaller after the fit.
+        plan: What this callback did; empty until it has.
+    """
+
+    gradual: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        include: Pattern | Sequence[Pattern] | None = None,
+        exclude: Pattern | Sequence[Pattern] | None = None,
+        start_epoch: int = 0,
+        until_epoch: int | None = None,
+        recalibrate_bn: int = 8,
+    ) -> None:
+        super().__init__()
+        self.include, self.exclude = include, exclude
+        self.start_epoch, self.until_epoch = start_epoch, until_epoch
+        self.recalibrate_bn = recalibrate_bn
+        check_integer(self, "start_epoch", 0)
+        check_integer(self, "recalibrate_bn", 0)
+        if until_epoch is not None:
+            check_integer(self, "until_epoch", start_epoch)
+        self.plan = Plan()
+        Compression.reset(self)
+
+    def reset(self) -> None:
+        """Forget the fit before this one; ``plan`` stays."""
+        self.steps = 0
+        self._origin: Origin | None = None
+        self._claimed: frozenset[str] = frozenset()
+        self._done = False
+        self._random: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._handles: list[Any] = []
+        self._created: list[nn.Parameter] = []
+        self._result: Task | None = None
+
+    # What a method answers ------------------------------------------------------------------------------------------------------
+
+    def claim(self, model: nn.Module) -> set[str]:
+        """Return the names of the layers that this method may change; two callbacks may not claim the same one."""
+        raise NotImplementedError
+
+    def score(self, task: Task) -> Any:
+        """Look at model and data; called on every rank. The result goes to :meth:`decide`."""
+
+    def decide(self, task: Task, scores: Any) -> Plan:
+        """Return the steps to take and the layers left alone with their reasons. An empty plan means that nothing is left to do."""
+        raise NotImplementedError
+
+    def met(self, task: Task) -> str | None:
+        """Return why the target is already met, in words, or None."""
+        stage = self.stage()
+        return f"the plan already holds {stage.method} with the same options" if stage in task.plan.stages else None
+
+    def begin(self, task: Task) -> None:
+        """Prepare a gradual method, in the window; also on resume."""
+
+    def on_step_begin(self, trainer: Any, module: Any) -> None:
+        """Act on the weights before the first batch of an optimizer step; ``self.steps`` steps have been taken."""
+
+    def on_gradients(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Act on unscaled gradients before they are clipped and ``optimizer`` steps."""
+
+    def on_stepped(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Act on the weights after ``optimizer`` has stepped; a step that a gradient scaler skipped does not count."""
+
+    def facts(self, module: nn.Module) -> dict[str, float]:
+        """Return scalars to log under ``compression/`` during a gradual fit."""
+        return {}
+
+    # Identity and state ---------------------------------------------------------------------------------------------------------
+
+    def options(self) -> dict[str, Any]:
+        """Return the constructor's arguments in JSON types."""
+        values = {name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"}
+        return json.loads(json.dumps(values, default=lambda value: getattr(value, "__name__", None) or repr(value)))  # type: ignore[no-any-return]
+
+    def stage(self) -> Stage:
+        """Return the entry of this callback in a plan: which method, with which options."""
+        return Stage(type(self).__name__, self.options())
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes two callbacks of one kind on different layers."""
+        options = self.options()
+        return f"{type(self).__qualname__}{json.dumps({key: options[key] for key in ('include', 'exclude') if key in options})}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs: options, steps taken, the plan so far, the state of the random generators."""
+        return {
+            "options": json.dumps(self.options()),
+            "steps": self.steps,
+            "done": self._done,
+            "plan": Plan(self.plan.steps, self.plan.left_alone, self._origin, self.plan.stages).to_json(),
+            "random": _random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint.
+
+        Raises:
+            CheckpointError: If this callback was configured otherwise when the checkpoint was written.
+        """
+        before, now = json.loads(state["options"]), self.options()
+        changed = [key for key in now if before.get(key) != now[key]]
+        if changed and not state["done"]:
+            raise CheckpointError(
+                f"The checkpoint was written in the middle of {type(self).__name__}({changed[0]}={before.get(changed[0])!r}); this callback has "
+                f"{changed[0]}={now[changed[0]]!r}. Resume with the same options, or start from the weights without ckpt_path."
+            )
+        plan = Plan.from_json(state["plan"])
+        self.plan, self._origin = plan, plan.origin
+        self.steps, self._done, self._random = int(state["steps"]), bool(state["done"]), state["random"]
+
+    # The fit --------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Stand ready for a checkpoint and, in a fit, for the window.
+
+        Raises:
+            TrainerError: If the strategy cannot follow a change of structure.
+        """
+        Restore.arm(trainer, pl_module)
+        if stage == "fit":
+            check_strategy(trainer)
+            self.reset()
+            Window.join(trainer, self)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Remember the checkpoint until the window: if shapes change there, its optimizer states are dropped."""
+        self._resumed = checkpoint
+
+    def stake(self, trainer: Any, module: Any) -> None:
+        """Claim layers for this fit.
+
+        Raises:
+            TrainerError: If a callback before this one has claimed the same layer.
+        """
+        self._claimed = frozenset(self.claim(module))
+        for other in trainer.callbacks:
+            if other is self:
+                return
+            if isinstance(other, Compression) and other._claimed & self._claimed:
+                name = sorted(other._claimed & self._claimed)[0]
+                raise TrainerError(
+                    f"{type(self).__name__} and {type(other).__name__} would both compress layer {name!r}. Give each its own layers with "
+                    "include= and exclude=, or compress in two fits."
+                )
+
+    def act(self, trainer: Any, module: Any) -> bool:
+        """Compress in the window, or prepare to do so gradually; return whether the structure changed."""
+        Restore.disarm(module)
+        resumed, self._resumed = self._resumed, None
+        task = Task.of(module, Probe.of_trainer(trainer, module))
+        self._origin = self._origin or task.origin
+        reason = self.met(task)
+        if reason is not None:
+            log.info("%s: nothing to do, %s. This fit fine-tunes.", type(self).__name__, reason)
+            self._done = True
+            return False
+        self._done = False
+        if self.gradual:
+            self.begin(task)
+            return False
+        before = set(module.parameters())
+        self._shrink(trainer, module, task)
+        self._created = [p for p in module.parameters() if p not in before]
+        if resumed is not None and self._created and resumed.get("optimizer_states"):
+            log.warning("%s: the optimizer states of the checkpoint belong to the dense model and are dropped.", type(self).__name__)
+            resumed["optimizer_states"] = []
+        return bool(self._created)
+
+    def _shrink(self, trainer: Any, module: Any, task: Task) -> None:
+        """Decide, change the model, prove it, recalibrate, and tell."""
+        scores = self.score(task)
+        plan = agree(trainer, lambda: self.decided(task, scores))
+        compact_(module, plan, task.calls)
+        agree_on_shapes(trainer, module)
+        if any(step.action != "mask" for step in plan.steps):
+            task.probe.recalibrate(self.recalibrate_bn)
+        self.plan, self._done = plan, True
+        self._result = Task.of(module, task.probe, task.calls)
+
+    def decided(self, task: Task, scores: Any) -> Plan:
+        """Return the plan with its origin and stage.
+
+        Raises:
+            ModelError: If the plan is empty.
+        """
+        plan = self.decide(task, scores)
+        if not plan.steps:
+            raise nothing_to_change(type(self).__name__, plan.left_alone)
+        return Plan(plan.steps, plan.left_alone, task.origin, (self.stage(),))
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the optimizers, let masks hold from now on, log where we start.
+
+        Raises:
+            TrainerError: If an optimizer holds parameters that are not in the model, or lacks those that compression created.
+        """
+        self._check_optimizers(trainer, pl_module)
+        masks = Masks(pl_module, plan_of(pl_module))
+        owners = self._owners(trainer, pl_module)
+
+        def stepped(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            if optimizer is owners[0]:
+                self.steps += 1
+            masks.apply_(optimizer)
+            self.on_stepped(trainer, pl_module, optimizer)
+
+        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in owners]
+        if self._result is not None:
+            loggers.tell_scalars(trainer, loggers.cost_facts(self._result))
+
+    def _owners(self, trainer: Any, module: Any) -> list[torch.optim.Optimizer]:
+        """Return the optimizers that hold claimed parameters; all of them where none does."""
+        claimed = {p for name in self._claimed for p in _parameters(module, name)} | set(self._created)
+        holds = [o for o in trainer.optimizers if any(p in claimed for g in o.param_groups for p in g["params"])]
+        return holds or list(trainer.optimizers)
+
+    def _check_optimizers(self, trainer: Any, module: Any) -> None:
+        held = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        stale = held - set(module.parameters())
+        if stale:
+            raise TrainerError(
+                f"configure_optimizers gave {len(stale)} parameters that are not in the model any more; they would train instead of the "
+                "compressed ones. Read self.parameters() inside configure_optimizers, not in __init__."
+            )
+        names = {p: name for name, p in module.named_parameters()}
+        missing = [names[p] for p in self._created if p.requires_grad and p not in held]
+        if missing and held:
+            raise TrainerError(
+                f"Parameter {missing[0]!r}, made by {type(self).__name__}, is trainable but in no optimizer. Give self.parameters() to the optimizer, "
+                "or freeze the layer before the fit."
+            )
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put the random generators back where the checkpoint left them."""
+        if self._random is not None:
+            _set_random_state(self._random)
+            self._random = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Let a gradual method act on the weights before an optimizer step begins."""
+        if self.gradual and not self._done and trainer.current_epoch >= self.start_epoch:
+            self.on_step_begin(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Let a gradual method act on the gradients."""
+        if self.gradual and not self._done and trainer.current_epoch >= self.start_epoch:
+            self.on_gradients(trainer, pl_module, optimizer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log how far a gradual method has come."""
+        if self.gradual and not self._done:
+            loggers.tell_scalars(trainer, self.facts(pl_module))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Shrink what was compressed gradually; drop optimizer states that no longer fit."""
+        self._release(trainer, pl_module)
+        if self.gradual and not self._done and self.steps:
+            self._close(trainer, pl_module)
+        if self._result is not None:
+            loggers.tell_scalars(trainer, loggers.cost_facts(self._result) | loggers.layer_facts(self.plan))
+            loggers.tell_table(trainer, self.plan, loggers.describe(self, self._result))
+            self._result = None
+
+    def _close(self, trainer: Any, pl_module: Any) -> None:
+        """Shrink after a gradual fit."""
+        device = next(pl_module.parameters()).device
+        pl_module.to(trainer.strategy.root_device)
+        task = Task.of(pl_module, Probe.of_trainer(trainer, pl_module), progress=self.progress(trainer))
+        self._shrink(trainer, pl_module, task)
+        if task.progress < 1 and self._result is not None:
+            log.warning(
+                "%s: the fit ended before until_epoch=%s, at %.0f %% of the schedule. Asked for %s; %s.",
+                type(self).__name__, self.until_epoch, 100 * task.progress, self._asked(), loggers.describe(self, self._result),
+            )
+        pl_module.to(device)
+        trainer.strategy.optimizers = []
+        trainer.strategy.lr_scheduler_configs = []
+        loggers.warn_of_early_checkpoints(trainer)
+
+    def _asked(self) -> str:
+        bounds = {name: getattr(self, name, None) for name in ("flops", "params", "sparsity")}
+        return ", ".join(f"{name}={value}" for name, value in bounds.items() if value is not None) or "its target"
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave nothing on Trainer and module."""
+        self._release(trainer, pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave nothing on Trainer and module; after Ctrl-C the model stays as it is."""
+        self._release(trainer, pl_module)
+        if isinstance(exception, KeyboardInterrupt) and self.gradual and not self._done and self.steps:
+            log.warning("%s: interrupted; the model keeps its dense shapes. Fit again to go on.", type(self).__name__)
+
+    def _release(self, trainer: Any, module: Any) -> None:
+        Window.close(trainer)
+        Restore.disarm(module)
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._created, self._resumed = [], [], None
+
+    def progress(self, trainer: Any) -> float:
+        """Return how far the schedule has come: 0 at ``start_epoch``, 1 from ``until_epoch`` on, by batches in between."""
+        if self.until_epoch is None or self.until_epoch <= self.start_epoch:
+            return 1.0
+        batches = trainer.num_training_batches
+        seen = trainer.fit_loop.epoch_loop.batch_idx / batches if isinstance(batches, int) and batches else 0.0
+        epoch = trainer.current_epoch + (max(0.0, seen) if trainer.training else 0.0)
+        return min(1.0, max(0.0, (epoch - self.start_epoch) / (self.until_epoch - self.start_epoch)))
+
+
+def check_integer(owner: object, name: str, minimum: int) -> None:
+    """Check that an argument is an integer of at least ``minimum``.
+
+    Raises:
+        OptionError: Otherwise.
+    """
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise OptionError(f"{type(owner).__name__}({name}={value!r}): give an integer of at least {minimum}.")
+
+
+def nothing_to_change(method: str, left_alone: Mapping[str, str]) -> ModelError:
+    """Return the error for a compression that would change nothing, with the reasons."""
+    reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(left_alone.items())[:5])
+    return ModelError(f"{method} would change nothing. {reasons or 'The model has no layer that it could compress.'}")
+
+
+def agree(trainer: Any, decide: Callable[[], Plan]) -> Plan:
+    """Decide on rank 0 and tell the other ranks; an error there is raised on every rank.
+
+    Args:
+        trainer: The Trainer, its process group alive where there are several ranks.
+        decide: Returns the plan; called on rank 0 only.
+
+    Raises:
+        LightningPruneError: What ``decide`` raised.
+    """
+    if trainer.world_size == 1:
+        return decide()
+    answer: tuple[str, str] | None = None
+    if trainer.is_global_zero:
+        try:
+            answer = ("", decide().to_json())
+        except LightningPruneError as error:
+            answer = (type(error).__name__, str(error))
+    kind, text = trainer.strategy.broadcast(answer, src=0)
+    if kind:
+        raise getattr(errors, kind)(text)
+    return Plan.from_json(text)
+
+
+def agree_on_shapes(trainer: Any, module: nn.Module) -> None:
+    """Check that every rank holds the same plan and the same shapes.
+
+    Raises:
+        TrainerError: On every rank, if one differs.
+    """
+    if trainer.world_size == 1:
+        return
+    text = plan_of(module).digest + repr([(name, tuple(p.shape)) for name, p in module.named_parameters()])
+    mine = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.int64, device=trainer.strategy.root_device)
+    everyone = trainer.strategy.all_gather(mine)
+    wrong = [rank for rank, row in enumerate(everyone) if not torch.equal(row, everyone[0])]
+    if wrong:
+        raise TrainerError(f"Rank {wrong[0]} holds another structure than rank 0. Every rank must construct the same model.")
+
+
+def _parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
+    try:
+        return list(module.get_submodule(name).parameters())
+    except AttributeError:
+        return []
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the states of all generators, in types that ``weights_only=True`` loads."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, following = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), following],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, following = state["python"]
+    random.setstate((version, tuple(internal), following))
+
+
+__all__ = ["Compression", "agree", "check_integer", "nothing_to_change"]

@@ -1,0 +1,149 @@
+"""The one moment of a fit when shapes may change, and the undoing of what we put on Trainer and module to get there.
+
+Lightning fires no hook between the restore of a checkpoint and the creation of optimizers and wrappers. A :class:`Window` stands on the
+instance attribute ``trainer.strategy.setup``, which is called just there; it removes itself, lets every compressing callback act in the
+order of the callback list, and calls the original. A :class:`Restore` stands on ``pl_module.on_load_checkpoint``, the last hook before weights
+are loaded, and gives the module the structure of the checkpoint. Both are instance attributes, taken away when they have fired and
+at the latest in ``teardown``.
+"""
+
+import logging
+from typing import Any, Protocol
+
+import torch
+
+from lightning_prune.checkpoint import rebuild
+from lightning_prune.errors import TrainerError
+from lightning_prune.structure.carrier import plan_in, plan_of
+
+log = logging.getLogger(__name__)
+
+# Names of strategies whose processes or shards cannot follow a change of structure, with the reason.
+REFUSED = {
+    "FSDPStrategy": "shards parameters before their new shapes are known",
+    "ModelParallelStrategy": "shards parameters before their new shapes are known",
+    "DeepSpeedStrategy": "owns parameters and optimizer itself",
+    "XLAStrategy": "forks processes that cannot hand the changed structure back",
+    "XLAFSDPStrategy": "forks processes that cannot hand the changed structure back",
+}
+
+
+class Actor(Protocol):
+    """What a compressing callback does in the window."""
+
+    def stake(self, trainer: Any, module: Any) -> None:
+        """Claim layers, before any callback has changed one; raise if another has claimed the same."""
+
+    def act(self, trainer: Any, module: Any) -> bool:
+        """Change the module; return whether its parameters are others now."""
+
+
+class Window:
+    """Runs the compressing callbacks of a Trainer between restore and ``strategy.setup``.
+
+    Args:
+        trainer: The Trainer whose strategy is about to be set up.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.callbacks: list[Actor] = []
+        self._original = trainer.strategy.setup
+        trainer.strategy.setup = self
+
+    @classmethod
+    def join(cls, trainer: Any, callback: Actor) -> None:
+        """Have ``callback`` act in the window."""
+        window = trainer.strategy.__dict__.get("setup")
+        if not isinstance(window, cls):
+            window = cls(trainer)
+        window.callbacks.append(callback)
+
+    @staticmethod
+    def close(trainer: Any) -> None:
+        """Take the window away if it never opened."""
+        if isinstance(trainer.strategy.__dict__.get("setup"), Window):
+            del trainer.strategy.__dict__["setup"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.close(self.trainer)
+        trainer, module = self.trainer, self.trainer.lightning_module
+        module.to(trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            for tensor in [*module.parameters(), *module.buffers()]:
+                torch.distributed.broadcast(tensor.data, src=0)
+        trainer.fit_loop.setup_data()
+        for callback in self.callbacks:
+            callback.stake(trainer, module)
+        changed = [callback.act(trainer, module) for callback in self.callbacks]
+        if any(changed):
+            refresh_averages(trainer, module)
+        return self._original(*args, **kwargs)
+
+
+class Restore:
+    """Gives a module the structure of a checkpoint, just before its weights are loaded.
+
+    Args:
+        trainer: The Trainer that loads.
+        module: Its LightningModule.
+    """
+
+    def __init__(self, trainer: Any, module: Any) -> None:
+        self.trainer = trainer
+        self.module = module
+        self._original = module.on_load_checkpoint
+
+    @classmethod
+    def arm(cls, trainer: Any, module: Any) -> None:
+        """Stand ready on ``module``, once however many callbacks ask."""
+        if not isinstance(module.__dict__.get("on_load_checkpoint"), cls):
+            module.__dict__["on_load_checkpoint"] = cls(trainer, module)
+
+    @staticmethod
+    def disarm(module: Any) -> None:
+        """Take it away."""
+        if isinstance(module.__dict__.get("on_load_checkpoint"), Restore):
+            del module.__dict__["on_load_checkpoint"]
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self.disarm(self.module)
+        self._original(checkpoint)
+        before = plan_of(self.module)
+        wanted = plan_in(checkpoint["state_dict"])
+        rebuild(self.module, wanted)
+        if before and not wanted:
+            log.warning(
+                "This checkpoint was saved before the model was made smaller: %d compressed modules are dense again. "
+                "`trainer.save_checkpoint` after the fit writes the compact model.",
+                len(before),
+            )
+        if self.trainer.state.fn == "fit" and plan_of(self.module) != before:
+            refresh_averages(self.trainer, self.module)
+
+
+def refresh_averages(trainer: Any, module: Any) -> None:
+    """Let weight-averaging callbacks copy the module again, now that its structure is another."""
+    for callback in trainer.callbacks:
+        names = {kind.__name__ for kind in type(callback).__mro__}
+        if names & {"WeightAveraging", "StochasticWeightAveraging"}:
+            callback.setup(trainer, module, "fit")
+
+
+def check_strategy(trainer: Any) -> None:
+    """Refuse strategies that cannot follow a change of structure.
+
+    Raises:
+        TrainerError: With the reason and the remedy.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    reason = REFUSED.get(name)
+    launcher = type(strategy.launcher).__name__ if strategy.launcher is not None else ""
+    if reason is None and "MultiProcessing" in launcher:
+        reason = "starts its processes by spawn or fork; the changed structure would be lost with them"
+    if reason is not None:
+        raise TrainerError(
+            f"Trainer(strategy=...) is {name}, which {reason}. Use strategy='ddp' (one script per process) or one device, "
+            "or compress before the fit with lightning_prune.compress."
+        )

@@ -1,0 +1,292 @@
+"""The only window on data: batches, losses and example calls of a model, without leaving a trace in it.
+
+A probe runs the user's own ``training_step`` with ``self.log`` muted. Weights, buffers, gradients, random state, modes, hooks and the
+states of metrics are bit for bit what they were when the question has been answered; only :meth:`Probe.recalibrate` changes the model, and only
+the running statistics of its batch normalization.
+"""
+
+import contextlib
+import copy
+import inspect
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
+
+import torch
+import torchmetrics
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from lightning_prune.errors import ModelError
+from lightning_prune.structure.calls import Call, as_calls
+from lightning_prune.structure.preserve import preserved
+
+log = logging.getLogger(__name__)
+
+
+class Probe:
+    """Answers questions about a model that need data.
+
+    Args:
+        model: The model, on the device where it shall run.
+        data: The batches, as often as asked for; None where there are none.
+        step: ``step(batch, index)`` runs the model on a batch and returns a scalar loss, or None where only the forward pass is known.
+        prepare: Brings a batch to the device of the model.
+        mean: Averages a tensor over the ranks.
+        progress: Whether to show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any] | None,
+        step: Callable[[Any, int], Tensor | None],
+        *,
+        prepare: Callable[[Any], Any] = lambda batch: batch,
+        mean: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        progress: bool = False,
+    ) -> None:
+        self.model = model
+        self.data = data
+        self._step = step
+        self._prepare = prepare
+        self._mean = mean
+        self._progress = progress
+
+    @classmethod
+    def of_trainer(cls, trainer: Any, module: Any) -> Self:
+        """Ask with the training data and the ``training_step`` of a fit, while no optimizer lives."""
+
+        def prepare(batch: Any) -> Any:
+            dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+            if dtype != torch.float32:  # half and double models: the plugin converts the model only after the window
+                batch = trainer.precision_plugin.convert_input(batch)
+            batch = module.on_before_batch_transfer(batch, 0)
+            batch = module.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
+            return module.on_after_batch_transfer(batch, 0)
+
+        def step(batch: Any, index: int) -> Tensor | None:
+            positional = [p for p in inspect.signature(module.training_step).parameters.values() if p.kind <= p.VAR_POSITIONAL]
+            numbered = len(positional) > 1 or any(p.kind == p.VAR_POSITIONAL for p in positional)
+            output = module.training_step(batch, index) if numbered else module.training_step(batch)
+            return output.get("loss") if isinstance(output, dict) else output
+
+        bar = trainer.progress_bar_callback
+        shown = bar is not None and getattr(bar, "is_enabled", True) and trainer.is_global_zero
+        mean = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")  # noqa: E731
+        return cls(module, trainer.train_dataloader, step, prepare=prepare, mean=mean, progress=bool(shown))
+
+    @classmethod
+    def of_data(
+        cls, model: nn.Module, data: Iterable[Any] | None, loss: Callable[[nn.Module, Any], Tensor] | None, progress: bool = False
+    ) -> Self:
+        """Ask with given batches and ``loss(model, batch)``, a scalar; without a loss the first entry of a batch is the input."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+        def step(batch: Any, _index: int) -> Tensor | None:
+            if loss is not None:
+                return loss(model, batch)
+            as_calls(batch[0] if isinstance(batch, tuple | list) else batch)[0].run(model)
+            return None
+
+        return cls(model, data, step, prepare=lambda batch: _to(batch, device), progress=progress)
+
+    def batches(self, count: int, title: str = "Calibrating") -> Iterator[Any]:
+        """Yield the first ``count`` batches, on the device of the model, with a progress bar.
+
+        Loaders are read in this process and their generators put back, so that training sees the order of data that it would have seen.
+
+        Raises:
+            ModelError: If there is no data.
+        """
+        if self.data is None:
+            raise ModelError("This needs data: give `data=` an iterable of batches, or fit with a training dataloader.")
+        with _untouched(self.data) as loader:
+            chosen = itertools.islice(loader, count)
+            for batch in track(chosen, title, count, disable=not self._progress, transient=True):
+                yield self._prepare(batch)
+
+    def loss(self, batch: Any, index: int = 0) -> Tensor:
+        """Return the scalar loss of a prepared batch, with its graph. Call it inside :meth:`quiet`.
+
+        Raises:
+            ModelError: If no loss is known or the step returned none.
+        """
+        value = self._step(batch, index)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ModelError(f"This needs a scalar loss; the training step returned {type(value).__name__}.")
+        return value
+
+    @contextlib.contextmanager
+    def quiet(self, mode: str | None = None) -> Iterator[None]:
+        """Leave the model as it was, whatever is run inside: ``self.log`` muted, metrics, buffers, gradients, random state put back.
+
+        Args:
+            mode: ``"eval"`` or ``"train"`` for the whole model inside; None keeps the modes as they are.
+        """
+        metrics = [(m, copy.deepcopy(_plain(m))) for m in self.model.modules() if isinstance(m, torchmetrics.Metric)]
+        muted = [name for name in ("log", "log_dict") if hasattr(self.model, name)]
+        kept = {name: self.model.__dict__[name] for name in muted if name in self.model.__dict__}
+        try:
+            with preserved(self.model, mode=mode):  # type: ignore[arg-type]
+                for name in muted:
+                    self.model.__dict__[name] = _say_nothing
+                yield
+        finally:
+            for name in muted:
+                self.model.__dict__.pop(name, None)
+            self.model.__dict__.update(kept)
+            for metric, state in metrics:
+                metric.__dict__.update(state)
+
+    def example_calls(self) -> tuple[Call, ...]:
+        """Return what stands for the model when it is traced and counted.
+
+        That is ``forward`` with ``example_input_array``; without one, the outermost submodules with parameters that one ``training_step``
+        calls, with the inputs seen there.
+
+        Raises:
+            ModelError: If there is neither an example nor a way to see one.
+        """
+        example = getattr(self.model, "example_input_array", None)
+        if example is not None:
+            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            return tuple(Call(c.module, _to(c.args, device), _to(dict(c.kwargs), device)) for c in as_calls(example))
+        remedy = "Set `self.example_input_array` in the module to a tensor, a tuple of arguments or a dict of keyword arguments."
+        if not getattr(self.model, "automatic_optimization", True):
+            raise ModelError(f"With manual optimization the inputs of the model cannot be seen without a step. {remedy}")
+        if self.data is None:
+            raise ModelError(f"No example inputs and no data to take them from. {remedy}")
+        calls = self._observe()
+        if not calls:
+            raise ModelError(f"training_step called no submodule that holds parameters. {remedy}")
+        return calls
+
+    def recalibrate(self, count: int) -> int:
+        """Estimate the running statistics of batch normalization anew, as the mean over ``count`` batches and all ranks.
+
+        Layers that the user froze (in eval mode while the model is in train mode) keep theirs. Returns how many layers changed.
+        """
+        frozen = {id(m) for m in self.model.modules() if not m.training} if self.model.training else set()
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in frozen]
+        if not norms or count < 1:
+            return 0
+        momenta = [norm.momentum for norm in norms]
+        with self.quiet(mode="eval"), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over all batches
+                norm.train()
+            try:
+                for index, batch in enumerate(self.batches(count, "Recalibrating batch normalization")):
+                    self._step(batch, index)
+                found = [{name: self._mean(b.clone()) if b.is_floating_point() else b.clone() for name, b in norm.named_buffers()} for norm in norms]
+            finally:
+                for norm, momentum in zip(norms, momenta, strict=True):
+                    norm.momentum = momentum
+        for norm, buffers in zip(norms, found, strict=True):
+            for name, value in buffers.items():
+                if buffers["num_batches_tracked"] > 0:  # a layer that this data never reaches keeps what it had
+                    norm.get_buffer(name).copy_(value)
+        return len(norms)
+
+    def _observe(self) -> tuple[Call, ...]:
+        calls: list[Call] = []
+        depth = 0
+
+        def enter(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                nonlocal depth
+                if depth == 0:
+                    calls.append(Call(name, _detached(args), _detached(kwargs)))
+                depth += 1
+
+            return hook
+
+        def leave(*_: Any) -> None:
+            nonlocal depth
+            depth -= 1
+
+        with self.quiet():
+            for name, module in self.model.named_modules():
+                if next(module.parameters(), None) is not None:
+                    module.register_forward_pre_hook(enter(name), with_kwargs=True)
+                    module.register_forward_hook(leave)
+            for batch in self.batches(1, "Looking at one batch"):
+                self._step(batch, 0)
+        return tuple(calls)
+
+
+@contextlib.contextmanager
+def _untouched(data: Any) -> Iterator[Iterable[Any]]:
+    """Yield an iterable over ``data`` that starts no workers and leaves the generators of its loaders as they were."""
+    loaders = [item for item in _leaves(data) if isinstance(item, DataLoader)]
+    owners = [o for dl in loaders for o in (dl, dl.sampler, dl.batch_sampler, getattr(dl.batch_sampler, "sampler", None))]
+    generators = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
+    states = {key: generator.get_state() for key, generator in generators.items()}
+    try:
+        yield _iterable(data)
+    finally:
+        for key, state in states.items():
+            generators[key].set_state(state)
+
+
+def _iterable(data: Any) -> Iterable[Any]:
+    """Read nested loaders the way Lightning's default mode does: one batch of each, shorter ones starting over."""
+    if isinstance(data, dict | list | tuple) and any(isinstance(item, DataLoader) for item in _leaves(data)):
+        keys = list(data) if isinstance(data, dict) else list(range(len(data)))
+        parts = [itertools.cycle(_iterable(data[key])) for key in keys]
+        kind = (lambda values: dict(zip(keys, values, strict=True))) if isinstance(data, dict) else type(data)
+        return (kind(values) for values in zip(*parts, strict=False))
+    if type(data) is not DataLoader:
+        return data  # type: ignore[no-any-return]
+    shared = {"collate_fn": data.collate_fn, "generator": data.generator}
+    if data.batch_sampler is not None:
+        return DataLoader(data.dataset, batch_sampler=data.batch_sampler, **shared)
+    if data.batch_size is not None:
+        return DataLoader(data.dataset, batch_size=data.batch_size, drop_last=data.drop_last, **shared)
+    return DataLoader(data.dataset, batch_size=None, sampler=data.sampler, **shared)
+
+
+def _leaves(data: Any) -> Iterator[Any]:
+    if isinstance(data, dict | list | tuple):
+        for item in data.values() if isinstance(data, dict) else data:
+            yield from _leaves(item)
+    else:
+        yield data
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Return what a metric holds beside its submodules, parameters and hooks."""
+    held = ("_modules", "_parameters", "_buffers")
+    return {key: value for key, value in module.__dict__.items() if key not in held and not key.endswith("_hooks") and not callable(value)}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Move nested tensors to ``device``."""
+    if isinstance(value, Tensor | nn.Module) or hasattr(value, "to"):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_to(item, device) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_to(item, device) for item in value)
+    return value
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_detached(item) for item in value)
+    return value
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    """Stand in for ``self.log`` while a probe runs."""
