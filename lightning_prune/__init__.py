@@ -18,7 +18,7 @@ _HOME = {
     "Plan": "lightning_prune.structure.plan",
     "TRP": "lightning_prune.methods",
 }
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)
 
 # In a checkout, `export/` and `recipes/` stand beside this package; an installed wheel holds them inside it.
 _checkout = Path(__file__).resolve().parent.parent

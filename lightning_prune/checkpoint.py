@@ -56,7 +56,9 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     if "state_dict" not in data and all(isinstance(value, Tensor) for value in data.values()):
         data = {"state_dict": data}
     if not isinstance(data.get("state_dict"), dict):
-        raise CheckpointError(f"Checkpoint {str(file)!r} has no 'state_dict'. Give a Lightning checkpoint or a saved state dict.")
+        raise CheckpointError(
+            f"Checkpoint {str(file)!r} has no 'state_dict'. Give a Lightning checkpoint or a saved state dict."
+        )
     return data
 
 
@@ -99,7 +101,9 @@ def load_from_checkpoint(
         model.load_state_dict(checkpoint["state_dict"], strict=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise CheckpointError(f"Checkpoint {str(path)!r} does not fit {cls.__name__}: {' '.join(lines)[:400]}") from error
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} does not fit {cls.__name__}: {' '.join(lines)[:400]}"
+        ) from error
     device = torch.device(map_location) if isinstance(map_location, str | torch.device) else None
     return model if device is None else model.to(device)
 
@@ -136,7 +140,9 @@ def _common(one: Plan, other: Plan) -> int:
 
 def _construct(cls: type[M], checkpoint: Mapping[str, Any], path: Any, kwargs: Mapping[str, Any]) -> M:
     """Call ``cls`` with the arguments of the checkpoint that it knows; names of code in the file are never followed."""
-    saved = {key: value for key, value in dict(checkpoint.get("hyper_parameters") or {}).items() if not key.startswith("_")}
+    saved = {
+        key: value for key, value in dict(checkpoint.get("hyper_parameters") or {}).items() if not key.startswith("_")
+    }
     name = checkpoint.get("hparams_name")
     if saved and name not in (None, "kwargs"):
         saved = {name: saved}

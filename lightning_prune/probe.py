@@ -11,7 +11,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torchmetrics
@@ -69,7 +69,9 @@ class Probe:
             return module.on_after_batch_transfer(batch, 0)
 
         def step(batch: Any, index: int) -> Tensor | None:
-            positional = [p for p in inspect.signature(module.training_step).parameters.values() if p.kind <= p.VAR_POSITIONAL]
+            positional = [
+                p for p in inspect.signature(module.training_step).parameters.values() if p.kind <= p.VAR_POSITIONAL
+            ]
             numbered = len(positional) > 1 or any(p.kind == p.VAR_POSITIONAL for p in positional)
             output = module.training_step(batch, index) if numbered else module.training_step(batch)
             return output.get("loss") if isinstance(output, dict) else output
@@ -81,7 +83,11 @@ class Probe:
 
     @classmethod
     def of_data(
-        cls, model: nn.Module, data: Iterable[Any] | None, loss: Callable[[nn.Module, Any], Tensor] | None, progress: bool = False
+        cls,
+        model: nn.Module,
+        data: Iterable[Any] | None,
+        loss: Callable[[nn.Module, Any], Tensor] | None,
+        progress: bool = False,
     ) -> Self:
         """Ask with given batches and ``loss(model, batch)``, a scalar; without a loss the first entry of a batch is the input."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -121,7 +127,7 @@ class Probe:
         return value
 
     @contextlib.contextmanager
-    def quiet(self, mode: str | None = None) -> Iterator[None]:
+    def quiet(self, mode: Literal["eval", "train"] | None = None) -> Iterator[None]:
         """Leave the model as it was, whatever is run inside: ``self.log`` muted, metrics, buffers, gradients, random state put back.
 
         Args:
@@ -131,7 +137,7 @@ class Probe:
         muted = [name for name in ("log", "log_dict") if hasattr(self.model, name)]
         kept = {name: self.model.__dict__[name] for name in muted if name in self.model.__dict__}
         try:
-            with preserved(self.model, mode=mode):  # type: ignore[arg-type]
+            with preserved(self.model, mode=mode):
                 for name in muted:
                     self.model.__dict__[name] = _say_nothing
                 yield
@@ -157,7 +163,9 @@ class Probe:
             return tuple(Call(c.module, _to(c.args, device), _to(dict(c.kwargs), device)) for c in as_calls(example))
         remedy = "Set `self.example_input_array` in the module to a tensor, a tuple of arguments or a dict of keyword arguments."
         if not getattr(self.model, "automatic_optimization", True):
-            raise ModelError(f"With manual optimization the inputs of the model cannot be seen without a step. {remedy}")
+            raise ModelError(
+                f"With manual optimization the inputs of the model cannot be seen without a step. {remedy}"
+            )
         if self.data is None:
             raise ModelError(f"No example inputs and no data to take them from. {remedy}")
         calls = self._observe()
@@ -171,7 +179,11 @@ class Probe:
         Layers that the user froze (in eval mode while the model is in train mode) keep theirs. Returns how many layers changed.
         """
         frozen = {id(m) for m in self.model.modules() if not m.training} if self.model.training else set()
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in frozen]
+        norms = [
+            m
+            for m in self.model.modules()
+            if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in frozen
+        ]
         if not norms or count < 1:
             return 0
         momenta = [norm.momentum for norm in norms]
@@ -183,7 +195,13 @@ class Probe:
             try:
                 for index, batch in enumerate(self.batches(count, "Recalibrating batch normalization")):
                     self._step(batch, index)
-                found = [{name: self._mean(b.clone()) if b.is_floating_point() else b.clone() for name, b in norm.named_buffers()} for norm in norms]
+                found = [
+                    {
+                        name: self._mean(b.clone()) if b.is_floating_point() else b.clone()
+                        for name, b in norm.named_buffers()
+                    }
+                    for norm in norms
+                ]
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):
                     norm.momentum = momentum
@@ -224,7 +242,9 @@ class Probe:
 def _untouched(data: Any) -> Iterator[Iterable[Any]]:
     """Yield an iterable over ``data`` that starts no workers and leaves the generators of its loaders as they were."""
     loaders = [item for item in _leaves(data) if isinstance(item, DataLoader)]
-    owners = [o for dl in loaders for o in (dl, dl.sampler, dl.batch_sampler, getattr(dl.batch_sampler, "sampler", None))]
+    owners = [
+        o for dl in loaders for o in (dl, dl.sampler, dl.batch_sampler, getattr(dl.batch_sampler, "sampler", None))
+    ]
     generators = {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}
     states = {key: generator.get_state() for key, generator in generators.items()}
     try:
@@ -262,7 +282,11 @@ def _leaves(data: Any) -> Iterator[Any]:
 def _plain(module: nn.Module) -> dict[str, Any]:
     """Return what a metric holds beside its submodules, parameters and hooks."""
     held = ("_modules", "_parameters", "_buffers")
-    return {key: value for key, value in module.__dict__.items() if key not in held and not key.endswith("_hooks") and not callable(value)}
+    return {
+        key: value
+        for key, value in module.__dict__.items()
+        if key not in held and not key.endswith("_hooks") and not callable(value)
+    }
 
 
 def _to(value: Any, device: torch.device) -> Any:

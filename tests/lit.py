@@ -107,6 +107,17 @@ class LitNet(LitMixin, pl.LightningModule):
 
 def trainer(folder: Any, package: Any = pl, **options: Any) -> Any:
     """Return a quiet Trainer on one CPU that writes below ``folder``."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
-    quiet |= {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "default_root_dir": str(folder), "log_every_n_steps": 1}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
+    quiet |= {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "default_root_dir": str(folder),
+        "log_every_n_steps": 1,
+    }
     return package.Trainer(**(quiet | options))

@@ -8,24 +8,22 @@ does the rest:
 - :meth:`Compression.decide` turns scores into a plan; rank 0 answers, the others are told.
 """
 
-import hashlib
 import inspect
 import json
 import logging
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune import errors
 from lightning_prune._lightning import Callback
 from lightning_prune.callback import loggers
+from lightning_prune.callback.generators import random_state, set_random_state
+from lightning_prune.callback.ranks import agree, agree_on_shapes
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.window import Restore, Window, check_strategy
-from lightning_prune.errors import CheckpointError, LightningPruneError, ModelError, OptionError, TrainerError
+from lightning_prune.errors import CheckpointError, ModelError, OptionError, TrainerError
 from lightning_prune.probe import Probe
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.masks import Masks
@@ -123,7 +121,9 @@ class Compression(Callback):
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments in JSON types."""
-        values = {name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"}
+        values = {
+            name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
+        }
         return json.loads(json.dumps(values, default=lambda value: getattr(value, "__name__", None) or repr(value)))  # type: ignore[no-any-return]
 
     def stage(self) -> Stage:
@@ -143,7 +143,7 @@ class Compression(Callback):
             "steps": self.steps,
             "done": self._done,
             "plan": Plan(self.plan.steps, self.plan.left_alone, self._origin, self.plan.stages).to_json(),
-            "random": _random_state(),
+            "random": random_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,7 +207,8 @@ class Compression(Callback):
         reason = self.met(task)
         if reason is not None:
             log.info("%s: nothing to do, %s. This fit fine-tunes.", type(self).__name__, reason)
-            self._done = True
+            self._done, self._result = True, task
+            self.plan = self.plan or task.plan
             return False
         self._done = False
         if self.gradual:
@@ -217,7 +218,10 @@ class Compression(Callback):
         self._shrink(trainer, module, task)
         self._created = [p for p in module.parameters() if p not in before]
         if resumed is not None and self._created and resumed.get("optimizer_states"):
-            log.warning("%s: the optimizer states of the checkpoint belong to the dense model and are dropped.", type(self).__name__)
+            log.warning(
+                "%s: the optimizer states of the checkpoint belong to the dense model and are dropped.",
+                type(self).__name__,
+            )
             resumed["optimizer_states"] = []
         return bool(self._created)
 
@@ -288,8 +292,10 @@ class Compression(Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the random generators back where the checkpoint left them."""
         if self._random is not None:
-            _set_random_state(self._random)
+            set_random_state(self._random)
             self._random = None
+            if trainer.fit_loop.is_resuming or trainer.fit_loop.epoch_loop.restarting:
+                iter(trainer.fit_loop._data_fetcher)  # draws the seeds of loaders; Lightning does so in every epoch but a resumed one
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Let a gradual method act on the weights before an optimizer step begins."""
@@ -308,13 +314,12 @@ class Compression(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Shrink what was compressed gradually; drop optimizer states that no longer fit."""
-        self._release(trainer, pl_module)
         if self.gradual and not self._done and self.steps:
             self._close(trainer, pl_module)
         if self._result is not None:
             loggers.tell_scalars(trainer, loggers.cost_facts(self._result) | loggers.layer_facts(self.plan))
             loggers.tell_table(trainer, self.plan, loggers.describe(self, self._result))
-            self._result = None
+        self._release(trainer, pl_module)
 
     def _close(self, trainer: Any, pl_module: Any) -> None:
         """Shrink after a gradual fit."""
@@ -325,7 +330,11 @@ class Compression(Callback):
         if task.progress < 1 and self._result is not None:
             log.warning(
                 "%s: the fit ended before until_epoch=%s, at %.0f %% of the schedule. Asked for %s; %s.",
-                type(self).__name__, self.until_epoch, 100 * task.progress, self._asked(), loggers.describe(self, self._result),
+                type(self).__name__,
+                self.until_epoch,
+                100 * task.progress,
+                self._asked(),
+                loggers.describe(self, self._result),
             )
         pl_module.to(device)
         trainer.strategy.optimizers = []
@@ -352,6 +361,11 @@ class Compression(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles, self._created, self._resumed = [], [], None
+        self.release()
+
+    def release(self) -> None:
+        """Let go of modules and tensors of the fit that has ended."""
+        self._result = None
 
     def progress(self, trainer: Any) -> float:
         """Return how far the schedule has come: 0 at ``start_epoch``, 1 from ``until_epoch`` on, by batches in between."""
@@ -360,7 +374,7 @@ class Compression(Callback):
         batches = trainer.num_training_batches
         seen = trainer.fit_loop.epoch_loop.batch_idx / batches if isinstance(batches, int) and batches else 0.0
         epoch = trainer.current_epoch + (max(0.0, seen) if trainer.training else 0.0)
-        return min(1.0, max(0.0, (epoch - self.start_epoch) / (self.until_epoch - self.start_epoch)))
+        return min(1.0, max(0.0, float(epoch - self.start_epoch) / (self.until_epoch - self.start_epoch)))
 
 
 def check_integer(owner: object, name: str, minimum: int) -> None:
@@ -380,73 +394,8 @@ def nothing_to_change(method: str, left_alone: Mapping[str, str]) -> ModelError:
     return ModelError(f"{method} would change nothing. {reasons or 'The model has no layer that it could compress.'}")
 
 
-def agree(trainer: Any, decide: Callable[[], Plan]) -> Plan:
-    """Decide on rank 0 and tell the other ranks; an error there is raised on every rank.
-
-    Args:
-        trainer: The Trainer, its process group alive where there are several ranks.
-        decide: Returns the plan; called on rank 0 only.
-
-    Raises:
-        LightningPruneError: What ``decide`` raised.
-    """
-    if trainer.world_size == 1:
-        return decide()
-    answer: tuple[str, str] | None = None
-    if trainer.is_global_zero:
-        try:
-            answer = ("", decide().to_json())
-        except LightningPruneError as error:
-            answer = (type(error).__name__, str(error))
-    kind, text = trainer.strategy.broadcast(answer, src=0)
-    if kind:
-        raise getattr(errors, kind)(text)
-    return Plan.from_json(text)
-
-
-def agree_on_shapes(trainer: Any, module: nn.Module) -> None:
-    """Check that every rank holds the same plan and the same shapes.
-
-    Raises:
-        TrainerError: On every rank, if one differs.
-    """
-    if trainer.world_size == 1:
-        return
-    text = plan_of(module).digest + repr([(name, tuple(p.shape)) for name, p in module.named_parameters()])
-    mine = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.int64, device=trainer.strategy.root_device)
-    everyone = trainer.strategy.all_gather(mine)
-    wrong = [rank for rank, row in enumerate(everyone) if not torch.equal(row, everyone[0])]
-    if wrong:
-        raise TrainerError(f"Rank {wrong[0]} holds another structure than rank 0. Every rank must construct the same model.")
-
-
 def _parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
     try:
         return list(module.get_submodule(name).parameters())
     except AttributeError:
         return []
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the states of all generators, in types that ``weights_only=True`` loads."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, following = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
-        "python": [version, list(internal), following],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, internal, following = state["python"]
-    random.setstate((version, tuple(internal), following))
-
-
-__all__ = ["Compression", "agree", "check_integer", "nothing_to_change"]

@@ -23,7 +23,9 @@ def tell_scalars(trainer: Any, facts: Mapping[str, float]) -> None:
     """Log scalars under ``compression/`` to every logger of the Trainer, on rank 0."""
     if facts and trainer.is_global_zero:
         for logger in trainer.loggers:
-            logger.log_metrics({f"compression/{name}": value for name, value in facts.items()}, step=trainer.global_step)
+            logger.log_metrics(
+                {f"compression/{name}": value for name, value in facts.items()}, step=trainer.global_step
+            )
 
 
 def cost_facts(task: Task) -> dict[str, float]:
@@ -56,11 +58,11 @@ def tell_table(trainer: Any, plan: Plan, title: str) -> None:
         if hasattr(logger, "log_table"):
             text = [[str(cell) for cell in row] for row in cells]
             logger.log_table("compression/layers", columns=columns, data=text, step=trainer.global_step)
-        elif hasattr(logger.experiment, "add_text"):
+        elif hasattr(getattr(logger, "experiment", None), "add_text"):
             head = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
             lines = [f"| {' | '.join(map(str, row))} |" for row in cells]
             logger.experiment.add_text("compression/layers", "\n".join(head + lines), trainer.global_step)
-        elif logger.log_dir:
+        elif getattr(logger, "log_dir", None):
             stream = io.StringIO()
             csv.writer(stream, lineterminator="\n").writerows([columns, *cells])
             write_text(Path(logger.log_dir) / "compression_layers.csv", stream.getvalue())
@@ -80,10 +82,9 @@ def warn_of_early_checkpoints(trainer: Any) -> None:
     """Say it if a ModelCheckpoint calls an epoch from before the model was made smaller its best."""
     for callback in trainer.checkpoint_callbacks:
         best = getattr(callback, "best_model_path", "")
-        if best and trainer.is_global_zero:
+        if best and getattr(callback, "monitor", None) is not None and trainer.is_global_zero:
             log.warning(
                 "ModelCheckpoint's best, %s, was saved while the model still had its dense shapes; the compact model is not among its candidates. "
                 "`trainer.save_checkpoint` writes the compact one.",
                 best,
             )
-

@@ -43,7 +43,9 @@ def compress(
         BudgetError: If the budget cannot be met.
     """
     if method.gradual:
-        raise OptionError(f"{type(method).__name__} acts while a model trains. Put it into Trainer(callbacks=[...]) and fit.")
+        raise OptionError(
+            f"{type(method).__name__} acts while a model trains. Put it into Trainer(callbacks=[...]) and fit."
+        )
     small = copy.deepcopy(model)
     task = Task.of(small, Probe.of_data(small, data, loss), as_calls(example_inputs))
     method.claim(small)

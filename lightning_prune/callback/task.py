@@ -49,7 +49,9 @@ class Task:
         with probe.quiet():
             cost = count_flops(model, calls)
         plan = plan_of(model)
-        return cls(model, calls, cost, plan, plan.origin or Origin.of(model, cost.total, signature(calls)), probe, progress)
+        return cls(
+            model, calls, cost, plan, plan.origin or Origin.of(model, cost.total, signature(calls)), probe, progress
+        )
 
     @property
     def params(self) -> int:

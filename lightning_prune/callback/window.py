@@ -10,8 +10,7 @@ at the latest in ``teardown``.
 import logging
 from typing import Any, Protocol
 
-import torch
-
+from lightning_prune.callback.ranks import agree_on_shapes, spread
 from lightning_prune.checkpoint import rebuild
 from lightning_prune.errors import TrainerError
 from lightning_prune.structure.carrier import plan_in, plan_of
@@ -66,12 +65,13 @@ class Window:
             del trainer.strategy.__dict__["setup"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Act, then do what ``strategy.setup`` does."""
         self.close(self.trainer)
         trainer, module = self.trainer, self.trainer.lightning_module
         module.to(trainer.strategy.root_device)
         if trainer.world_size > 1:
-            for tensor in [*module.parameters(), *module.buffers()]:
-                torch.distributed.broadcast(tensor.data, src=0)
+            agree_on_shapes(trainer, module)
+            spread(module)
         trainer.fit_loop.setup_data()
         for callback in self.callbacks:
             callback.stake(trainer, module)
@@ -107,6 +107,7 @@ class Restore:
             del module.__dict__["on_load_checkpoint"]
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
+        """Do what the module's own hook does, then build the structure of the checkpoint."""
         self.disarm(self.module)
         self._original(checkpoint)
         before = plan_of(self.module)

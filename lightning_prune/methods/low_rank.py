@@ -128,7 +128,12 @@ def find_candidates(
     Raises:
         OptionError: If a pattern matches no layer.
     """
-    inside = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, Factorized) for part in ("first", "second")}
+    inside = {
+        f"{name}.{part}"
+        for name, m in model.named_modules()
+        if isinstance(m, Factorized)
+        for part in ("first", "second")
+    }
     reasons = obstacles(model)
     layers = {name: m for name, m in model.named_modules() if name not in inside and (is_plain(m) or name in reasons)}
     chosen = select(layers, include, exclude) if layers else {}
@@ -174,12 +179,20 @@ def choose_ranks(
         if rank <= limit:
             ranks[name] = rank
         else:
-            dense[name] = f"rank {rank} is not cheaper than dense; up to {limit} would be" if limit else "no rank is cheaper than dense"
+            dense[name] = (
+                f"rank {rank} is not cheaper than dense; up to {limit} would be"
+                if limit
+                else "no rank is cheaper than dense"
+            )
     return ranks, dense
 
 
 def _within_budget(
-    task: Task, candidates: Mapping[str, Candidate], spectra: Mapping[str, Tensor], limits: Mapping[str, int], target: Target
+    task: Task,
+    candidates: Mapping[str, Candidate],
+    spectra: Mapping[str, Tensor],
+    limits: Mapping[str, int],
+    target: Target,
 ) -> tuple[dict[str, int], dict[str, str]]:
     what = target.bounded or "flops"
     have = {"flops": task.cost.total, "params": task.params}[what]
@@ -194,13 +207,19 @@ def _within_budget(
         ladders[name] = rank_choices(spectra[name], price, dense, limits[name], target.align)
     sizes = allocate(ladders, bound, fixed=fixed, name=what)
     ranks = {name: size for name, size in sizes.items() if size is not None}
-    alone = {name: "the budget is met with it dense" if limits[name] else "no rank is cheaper than dense" for name in sizes if name not in ranks}
+    alone = {
+        name: "the budget is met with it dense" if limits[name] else "no rank is cheaper than dense"
+        for name in sizes
+        if name not in ranks
+    }
     return ranks, alone
 
 
 def factorize_steps(candidates: Mapping[str, Candidate], ranks: Mapping[str, int]) -> tuple[Factorize, ...]:
     """Return the steps that factorize each layer at its rank."""
-    return tuple(Factorize.of(name, candidates[name].layer, candidates[name].kind, rank) for name, rank in ranks.items())
+    return tuple(
+        Factorize.of(name, candidates[name].layer, candidates[name].kind, rank) for name, rank in ranks.items()
+    )
 
 
 class LowRank(Compression):

@@ -33,27 +33,28 @@ from lightning_prune.methods.low_rank import (
 from lightning_prune.structure.factorized import weight_of
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.select import Pattern
-from lightning_prune.structure.spectrum import Spectrum, rank_for_energy, spectrum, truncate
+from lightning_prune.structure.spectrum import Spectrum, polar, project, rank_for_energy, spectrum
 
 log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def project_(candidate: Candidate, rank: int, known: Spectrum) -> Tensor:
+def project_(candidate: Candidate, rank: int, known: Spectrum, penalized: bool = True) -> Tensor | None:
     """Replace the weight of a layer by the nearest one of that rank, in place.
 
     Args:
         candidate: The layer; its matrices are ``[groups, p, q]``.
         rank: Rank to project to, per group.
         known: The spectrum of its matrices.
+        penalized: Whether the direction of the penalty is wanted.
 
     Returns:
-        The sub-gradient of the nuclear norm there, ``U_k V_k^T``, in the shape and type of the weight.
+        The sub-gradient of the nuclear norm there, ``U_k V_k^T``, in the shape and type of the weight; None if it is not wanted.
     """
-    weight = candidate.layer.weight
-    cut = truncate(candidate.matrix(), rank, known)
-    weight.copy_(weight_of(cut.product(), candidate.kind, weight.shape))
-    return weight_of(cut.polar(), candidate.kind, weight.shape).to(weight)
+    weight, matrix = candidate.layer.weight, candidate.matrix()
+    direction = polar(matrix, rank, known) if penalized else None
+    weight.copy_(weight_of(project(matrix, rank, known), candidate.kind, weight.shape))
+    return None if direction is None else weight_of(direction, candidate.kind, weight.shape).to(weight)
 
 
 class TRP(Compression):
@@ -99,7 +100,11 @@ class TRP(Compression):
         recalibrate_bn: int = 8,
     ) -> None:
         super().__init__(
-            include=include, exclude=exclude, start_epoch=start_epoch, until_epoch=until_epoch, recalibrate_bn=recalibrate_bn
+            include=include,
+            exclude=exclude,
+            start_epoch=start_epoch,
+            until_epoch=until_epoch,
+            recalibrate_bn=recalibrate_bn,
         )
         self.energy = 0.02 if energy is None and flops is None and params is None else energy
         self.flops, self.params, self.align = flops, params, align
@@ -121,6 +126,11 @@ class TRP(Compression):
         self._candidates: dict[str, Candidate] = {}
         self._directions: dict[str, Tensor] = {}
         self._projected_at: int | None = None
+
+    def release(self) -> None:
+        """Let go of the layers."""
+        super().release()
+        self._task, self._candidates, self._directions = None, {}, {}
 
     @property
     def target(self) -> Target:
@@ -147,7 +157,12 @@ class TRP(Compression):
         if not self._candidates:
             raise nothing_to_change("TRP", alone)
         if self.energy is None:
-            choose_ranks(task, self._candidates, {name: spectrum(c.matrix()).values for name, c in self._candidates.items()}, self.target)
+            choose_ranks(
+                task,
+                self._candidates,
+                {name: spectrum(c.matrix()).values for name, c in self._candidates.items()},
+                self.target,
+            )
 
     def on_step_begin(self, trainer: Any, module: Any) -> None:
         """Project, if ``every_n_steps`` optimizer steps have passed since the last time."""
@@ -164,8 +179,8 @@ class TRP(Compression):
         spectra = {name: spectrum(c.matrix(), self.energy) for name, c in self._candidates.items()}
         self.ranks = self._ranks({name: found.values for name, found in spectra.items()}, progress)
         for name, rank in self.ranks.items():
-            direction = project_(self._candidates[name], rank, spectra[name])
-            if self.nuclear:
+            direction = project_(self._candidates[name], rank, spectra[name], penalized=self.nuclear > 0)
+            if direction is not None:
                 self._directions[name] = direction
 
     def _ranks(self, spectra: dict[str, Tensor], progress: float) -> dict[str, int]:
@@ -206,7 +221,7 @@ class TRP(Compression):
             return False
         return self.nuclear_every == "step" or self.steps - stepped == self._projected_at
 
-    def _penalized(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Tensor, float]]:
+    def _penalized(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor, float]]:
         """Return weight, direction and learning rate of the layers that an optimizer holds."""
         rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         weights = {name: self._candidates[name].layer.weight for name in self._directions}
@@ -242,4 +257,8 @@ class TRP(Compression):
             CheckpointError: If this callback was configured otherwise when the checkpoint was written.
         """
         super().load_state_dict(state)
-        self._projected_at, self.ranks, self._directions = state["projected_at"], dict(state["ranks"]), dict(state["directions"])
+        self._projected_at, self.ranks, self._directions = (
+            state["projected_at"],
+            dict(state["ranks"]),
+            dict(state["directions"]),
+        )

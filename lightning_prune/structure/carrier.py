@@ -45,7 +45,9 @@ class PlanCarrier(nn.Module):
         """
         plan = decode(state)
         if _shapes(plan) != _shapes(self.plan):
-            raise PlanError("The state dict belongs to a model that was compressed otherwise. Load it with load_from_checkpoint.")
+            raise PlanError(
+                "The state dict belongs to a model that was compressed otherwise. Load it with load_from_checkpoint."
+            )
         self.plan = plan
 
     def extra_repr(self) -> str:
@@ -63,7 +65,9 @@ def decode(state: Any) -> Plan:
         PlanError: If it is anything else.
     """
     if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
-        raise PlanError(f"The entry {KEY!r} of a state dict is a vector of bytes; this one holds {type(state).__name__}.")
+        raise PlanError(
+            f"The entry {KEY!r} of a state dict is a vector of bytes; this one holds {type(state).__name__}."
+        )
     try:
         return Plan.from_json(bytes(state.cpu().numpy()).decode())
     except UnicodeDecodeError as error:

@@ -37,7 +37,9 @@ class Masks:
         masks: list[Tensor] = []
         for parameter, mask in zip(self.parameters, self.masks, strict=True):
             kept = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            tensors = [v for v in kept.values() if isinstance(v, Tensor) and v.shape == mask.shape and v.is_floating_point()]
+            tensors = [
+                v for v in kept.values() if isinstance(v, Tensor) and v.shape == mask.shape and v.is_floating_point()
+            ]
             state += tensors
             masks += [mask.to(tensor.dtype) for tensor in tensors]
         if state:

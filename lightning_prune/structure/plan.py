@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import ModelError, PlanError
 from lightning_prune.structure.factorized import Kind, build_factorized, factorize, groups_of, matrix_of, weight_of
@@ -147,11 +147,15 @@ class Step:
             PlanError: If there is none, or it is the model itself.
         """
         if not self.module:
-            raise PlanError("A plan cannot change the model itself, only modules inside it. Wrap the layer in a module.")
+            raise PlanError(
+                "A plan cannot change the model itself, only modules inside it. Wrap the layer in a module."
+            )
         try:
             return model.get_submodule(self.module)
         except AttributeError as error:
-            raise PlanError(f"The plan changes module {self.module!r}, which {type(model).__name__} does not have.") from error
+            raise PlanError(
+                f"The plan changes module {self.module!r}, which {type(model).__name__} does not have."
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,11 +279,15 @@ class Factorize(Step):
         """
         layer = super().find(model)
         if not is_plain(layer):
-            raise PlanError(f"Module {self.module!r} is a {type(layer).__name__}; the plan was made for a {self.before['type']}.")
+            raise PlanError(
+                f"Module {self.module!r} is a {type(layer).__name__}; the plan was made for a {self.before['type']}."
+            )
         found = describe(layer)
         for key, expected in self.before.items():
             if found.get(key) != expected:
-                raise PlanError(f"Module {self.module!r} has {key} {found.get(key)!r}; the plan was made for {expected!r}.")
+                raise PlanError(
+                    f"Module {self.module!r} has {key} {found.get(key)!r}; the plan was made for {expected!r}."
+                )
         return layer
 
     def build(self, model: nn.Module) -> None:
@@ -447,7 +455,9 @@ class Plan:
         try:
             data = json.loads(text)
             if data["version"] != VERSION:
-                raise PlanError(f"The plan has version {data['version']!r}; this package reads {VERSION}. Upgrade lightning-prune.")
+                raise PlanError(
+                    f"The plan has version {data['version']!r}; this package reads {VERSION}. Upgrade lightning-prune."
+                )
             steps = tuple(_step(item) for item in data["steps"])
             alone = {str(name): str(reason) for name, reason in data["left_alone"].items()}
             stages = tuple(Stage(str(item["method"]), dict(item["options"])) for item in data["stages"])
@@ -462,7 +472,9 @@ def _step(item: Mapping[str, Any]) -> Step:
     fields = dict(item)
     action = fields.pop("action")
     if action not in STEPS:
-        raise PlanError(f"The plan holds a step {action!r}; known are {', '.join(sorted(STEPS))}. Upgrade lightning-prune.")
+        raise PlanError(
+            f"The plan holds a step {action!r}; known are {', '.join(sorted(STEPS))}. Upgrade lightning-prune."
+        )
     if not isinstance(fields["module"], str):
         raise PlanError(f"The plan names a module {fields['module']!r}; names are text.")
     return STEPS[action].from_dict(fields)
@@ -477,4 +489,4 @@ def _origin(data: Mapping[str, Any] | None) -> Origin | None:
 
 def _initialized(model: nn.Module, duplicates: bool = False) -> list[tuple[str, nn.Parameter]]:
     named = model.named_parameters(remove_duplicate=not duplicates)
-    return [(name, p) for name, p in named if not isinstance(p, UninitializedTensorMixin)]
+    return [(name, p) for name, p in named if not is_lazy(p)]

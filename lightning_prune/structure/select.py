@@ -39,7 +39,9 @@ def _matches(modules: Mapping[str, nn.Module], patterns: Pattern | Sequence[Patt
     for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
         hits = {name for name, module in modules.items() if _matches_one(name, module, pattern)}
         if not hits:
-            raise OptionError(f"{option}={pattern!r} matches no layer that could be compressed.{_suggest(pattern, modules)}")
+            raise OptionError(
+                f"{option}={pattern!r} matches no layer that could be compressed.{_suggest(pattern, modules)}"
+            )
         found |= hits
     return found
 

@@ -7,7 +7,7 @@ the same inputs, in eval and in train mode; a difference beyond rounding is an e
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from lightning_prune.structure.calls import Call
 from lightning_prune.structure.carrier import attach, plan_of
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.preserve import preserved
+
+Mode = Literal["eval", "train"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 log = logging.getLogger(__name__)
 
@@ -49,23 +52,25 @@ def compact_(model: nn.Module, plan: Plan, calls: Sequence[Call] = ()) -> None:
     layers = [step.module for step in plan.steps]
     for step in plan.steps:
         step.emulate(model)
-    before = [_outputs(model, calls, layers, mode) for mode in ("eval", "train")]
+    before = [_outputs(model, calls, layers, mode) for mode in MODES]
     for step in plan.steps:
         step.apply(model)
-    after = [_outputs(model, calls, layers, mode) for mode in ("eval", "train")]
+    after = [_outputs(model, calls, layers, mode) for mode in MODES]
     for expected, found in zip(before, after, strict=True):
         _compare(expected, found)
     attach(model, plan_of(model).then(plan))
 
 
-def _outputs(model: nn.Module, calls: Sequence[Call], layers: Sequence[str], mode: str) -> dict[str, list[Tensor]]:
+def _outputs(model: nn.Module, calls: Sequence[Call], layers: Sequence[str], mode: Mode) -> dict[str, list[Tensor]]:
     """Run ``calls`` on perturbed inputs; return the tensors that each of ``layers``, and at last the model, gave."""
     seen: dict[str, list[Tensor]] = {}
 
     def watch(name: str) -> Any:
-        return lambda _module, _args, output: seen.setdefault(name, []).extend(t.detach().clone() for t in _tensors(output))
+        return lambda _module, _args, output: seen.setdefault(name, []).extend(
+            t.detach().clone() for t in _tensors(output)
+        )
 
-    with preserved(model, mode=mode), torch.no_grad():  # type: ignore[arg-type]
+    with preserved(model, mode=mode), torch.no_grad():
         for name in layers:
             model.get_submodule(name).register_forward_hook(watch(name))
         torch.manual_seed(0)

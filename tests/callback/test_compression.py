@@ -112,7 +112,9 @@ def test_dense_checkpoint_as_starting_point_drops_its_optimizer_state_and_says_s
     run.save_checkpoint(tmp_path / "dense.ckpt")
     model = LitNet()
     with caplog.at_level(logging.WARNING, "lightning_prune"):
-        trainer(tmp_path, callbacks=[METHODS["LowRank"]()], max_epochs=2).fit(model, loader(), ckpt_path=tmp_path / "dense.ckpt")
+        trainer(tmp_path, callbacks=[METHODS["LowRank"]()], max_epochs=2).fit(
+            model, loader(), ckpt_path=tmp_path / "dense.ckpt"
+        )
     assert "optimizer states of the checkpoint belong to the dense model" in caplog.text
     assert plan_of(model)
 
@@ -144,7 +146,12 @@ def test_nothing_is_left_on_trainer_and_module(method, tmp_path):
     model = LitNet()
     untouched = LitNet()
     before = set(trainer(tmp_path).strategy.__dict__), set(untouched.__dict__)
-    hooks = {name: len(getattr(module, name)) for module in untouched.modules() for name in module.__dict__ if name.endswith("_hooks")}
+    hooks = {
+        name: len(getattr(module, name))
+        for module in untouched.modules()
+        for name in module.__dict__
+        if name.endswith("_hooks")
+    }
     run = fit(model, method, tmp_path)
     assert "setup" not in run.strategy.__dict__
     assert "on_load_checkpoint" not in model.__dict__
@@ -256,7 +263,7 @@ def test_an_impossible_budget_names_the_layers_that_bind(method, tmp_path):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: LowRank(),
+        LowRank,
         lambda: LowRank(flops=0.5, energy=0.1),
         lambda: LowRank(flops=1.5),
         lambda: LowRank(energy=1.0),

@@ -1,0 +1,240 @@
+"""What the commands do. Torch, Lightning and ONNX are imported by the commands that need them."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_prune.cli.parser import PROGRAM
+from lightning_prune.errors import CheckpointError, OptionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lightning_prune.structure.plan import Plan
+
+PASSED, GATE_MISSED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+Overrides = Sequence[tuple[str, str]]
+
+
+def run(options: Any, overrides: Overrides) -> int:
+    """Run a recipe, or go on with a run that was stopped; return the exit code."""
+    from lightning_prune import recipe as recipes
+
+    if options.recipe is None and options.resume is None:
+        raise OptionError(f"run needs a recipe: a YAML file, or one of {', '.join(recipes.shipped())}.")
+    if options.resume is not None and options.output is not None:
+        raise OptionError(f"--resume {options.resume} writes into that folder; drop --output.")
+    if options.recipe is None and overrides:
+        raise OptionError(f"--{overrides[0][0]}: a resumed run keeps its recipe. Drop the option, or start a new run.")
+    recipe = recipes.load(options.recipe, overrides) if options.recipe is not None else None
+    folder = Path(options.resume or options.output or _free_folder(str(options.recipe)))
+    try:
+        outcome = recipes.resume(folder, recipe) if options.resume else recipes.run(recipe, folder)
+    except KeyboardInterrupt:
+        hint = f" Go on with: {PROGRAM} run --resume {folder}" if (folder / "state.json").is_file() else ""
+        sys.stderr.write(f"\nInterrupted.{hint}\n")
+        return INTERRUPTED
+    if outcome.report is None:
+        _last_line(outcome.folder)
+        return PASSED
+    return _tell(outcome.report, outcome.page)
+
+
+def export(options: Any, overrides: Overrides) -> int:
+    """Write the model of a checkpoint as an ONNX file; return the exit code."""
+    from lightning_prune.export import export_onnx
+    from lightning_prune.recipe import runner
+
+    specs = _class_specs(options, overrides)
+    model = _load(specs["model"], options.checkpoint, require_plan=not options.dense)
+    example = None
+    if "data" in specs:
+        example = runner.first_inputs(runner.evaluation_loader(_data(specs["data"])))
+    elif getattr(model, "example_input_array", None) is None:
+        raise OptionError(
+            f"{type(model).__name__} has no example_input_array. Give --data pkg.mod.DataModule for example inputs."
+        )
+    written = export_onnx(model, options.output, example, opset=options.opset)
+    _console().print(
+        f"{written.parameters:,} parameters, {written.bytes:,} bytes, opset {written.opset}", highlight=False
+    )
+    _last_line(written.path)
+    return PASSED
+
+
+def validate(options: Any, overrides: Overrides) -> int:
+    """Validate an ONNX file and write the report; return the exit code."""
+    from lightning_prune.export import LatencySettings, validate_onnx
+    from lightning_prune.export.onnxfile import existing
+    from lightning_prune.recipe import document, objects, runner
+
+    for path in filter(None, (options.onnx, options.reference)):
+        existing(path)
+    specs = _class_specs(options, overrides)
+    if (options.model is None) != (options.checkpoint is None):
+        raise OptionError(
+            "--model and --checkpoint belong together: the class and the file with its weights. Give both or none."
+        )
+    model = _load(specs["model"], options.checkpoint, require_plan=False) if "model" in specs else None
+    name = (
+        document.parse_yaml(options.metric, "--metric")
+        if options.metric
+        else "accuracy"
+        if options.max_drop is not None
+        else None
+    )
+    metric = objects.metric(name, "--metric") if name is not None else None
+    latency = LatencySettings(batch_sizes=_batch_sizes(options.batch_sizes))
+    output = Path(options.output)
+    _check_folder(output)
+    report = validate_onnx(
+        options.onnx,
+        options.reference,
+        dataloader=runner.evaluation_loader(_data(specs["data"])),
+        model=model,
+        metric=metric,
+        provider=options.provider,
+        require_gpu=options.require_gpu,
+        max_drop=options.max_drop,
+        min_speedup=options.min_speedup,
+        latency=latency,
+    )
+    return _tell(report, report.save(output))
+
+
+def inspect(options: Any, overrides: Overrides) -> int:
+    """Show the plan in a checkpoint or an ONNX file; return the exit code."""
+    path = Path(options.file)
+    facts, plan = _onnx_facts(path) if path.suffix == ".onnx" else _checkpoint_facts(path)
+    if plan is None:
+        raise CheckpointError(
+            f"{str(path)!r} carries no plan: its model is dense, or another tool wrote it. There is nothing to show."
+        )
+    origin = plan.origin
+    dense = {"parameters": origin.params, "flops": origin.flops} if origin is not None else {}
+    if options.json:
+        text = json.dumps(
+            {"file": str(path), **facts, "dense": dense, "plan": plan.digest, "layers": plan.rows()}, indent=1
+        )
+        sys.stdout.write(text + "\n")
+        return PASSED
+    console = _console()
+    console.print(plan.table(title=str(path)))
+    share = f" of {dense['parameters']:,} ({facts['parameters'] / dense['parameters']:.1%})" if dense else ""
+    console.print(f"{facts['parameters']:,} parameters{share}, {len(plan.steps)} changes", highlight=False)
+    return PASSED
+
+
+def _onnx_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:
+    from lightning_prune.export import read_onnx
+
+    file = read_onnx(path)
+    facts = {
+        "kind": "onnx",
+        "parameters": file.parameters,
+        "opset": file.opset,
+        "bytes": file.bytes,
+        "flops_per_example": file.flops,
+    }
+    return facts | {"provenance": file.metadata.get("provenance", {})}, file.plan
+
+
+def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:
+    from lightning_prune.checkpoint import plan_in, read_checkpoint
+    from lightning_prune.recipe.folder import CHECKPOINT_KEY
+
+    checkpoint = read_checkpoint(path)
+    state = checkpoint["state_dict"]
+    plan = plan_in(state)
+    total = 0 if plan is None else count_parameters(state, plan)
+    return {"kind": "checkpoint", "parameters": total, "provenance": checkpoint.get(CHECKPOINT_KEY, {})}, plan
+
+
+def count_parameters(state: Mapping[str, Any], plan: "Plan") -> int:
+    """Count the numbers of a state dict that are parameters: those of the dense model and those inside changed layers, tied ones once.
+
+    Args:
+        state: Tensors by name.
+        plan: The plan that the state dict carries.
+    """
+    dense = {name for name, _ in plan.origin.parameters} if plan.origin is not None else set()
+    inside = tuple(f"{step.module}." for step in plan.steps)
+    found = {
+        t.data_ptr(): t.numel()
+        for name, t in state.items()
+        if name in dense or (name.startswith(inside) and t.is_floating_point())
+    }
+    return sum(found.values())
+
+
+def _class_specs(options: Any, overrides: Overrides) -> dict[str, Any]:
+    """Return the class paths and arguments of ``--model`` and ``--data``."""
+    from lightning_prune.recipe import schema
+
+    given = {key: options[key] for key in ("model", "data") if options.get(key) is not None}
+    for path, _ in overrides:
+        if path.partition(".")[0] not in given:
+            raise OptionError(
+                f"--{path} sets an argument of a class that is not named. Give --{path.partition('.')[0]} pkg.mod.Class too."
+            )
+    content: Mapping[str, Any] = schema.apply_overrides(given, overrides)
+    return {key: schema.class_spec(value, f"--{key}") for key, value in content.items()}
+
+
+def _load(spec: Any, checkpoint: str, require_plan: bool) -> Any:
+    from lightning_prune.checkpoint import load_from_checkpoint
+    from lightning_prune.recipe import objects
+
+    found = objects.model_class(spec.class_path, "--model")
+    arguments = objects.checked(found, spec.init_args, "--model.init_args") if spec.init_args else {}
+    return load_from_checkpoint(found, checkpoint, require_plan=require_plan, **arguments).eval()
+
+
+def _data(spec: Any) -> Any:
+    from lightning_prune.recipe import objects
+
+    return objects.construct(objects.data_class(spec.class_path, "--data"), spec.init_args, "--data.init_args")
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    sizes = [part.strip() for part in text.split(",")]
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise OptionError(
+            f"--batch-sizes are whole numbers of at least 1 with commas between, such as 1,16; got {text!r}."
+        )
+    return tuple(map(int, sizes))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise before anything is measured if a report could not be written to ``folder``."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "cannot be written" if there.is_dir() else "is a file"
+        raise OptionError(f"Output folder {str(folder)!r}: {str(there)!r} {reason}. Choose another --output.")
+
+
+def _free_folder(recipe: str) -> str:
+    """Return ``runs/NAME``, or the first of ``runs/NAME-2``, ``-3``, ... that is not there."""
+    stem, number = f"runs/{Path(recipe).name.removesuffix('.yaml').removesuffix('.yml')}", 1
+    while Path(stem if number == 1 else f"{stem}-{number}").exists():
+        number += 1
+    return stem if number == 1 else f"{stem}-{number}"
+
+
+def _tell(report: Any, page: Any) -> int:
+    _console().print(report.table())
+    _last_line(page)
+    return PASSED if report.passed else GATE_MISSED
+
+
+def _last_line(path: Any) -> None:
+    sys.stdout.write(f"{path}\n")
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)

@@ -1,0 +1,138 @@
+"""Runs fits in processes of their own, forked after the imports: some are killed, some are ranks of a group.
+
+Started as a script with the path of a JSON list of jobs; each job is ``{"call": name of a function here, "with": its arguments, "env": variables,
+"beside": whether the next job starts before this one has ended}``. Writes the list of exit codes to the same path with the suffix ``.codes``.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lit import LitNet, loader, trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers.logger import Logger
+from toys import make
+
+from lightning_prune.structure.carrier import plan_of
+
+LIMIT = 240  # seconds after which a job counts as hanging
+
+
+class Lines(Logger):
+    """A logger that a kill cannot take anything from: one line of JSON per call, flushed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    name = version = property(lambda self: "lines")
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self.path.open("a") as stream:
+            stream.write(json.dumps({"step": step, **{k: float(v).hex() for k, v in sorted(metrics.items())}}) + "\n")
+
+
+class Killer(Callback):
+    """Kills its process when ``at`` optimizer steps have been taken; keeps the optimizer states of a fit that ends."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at = at
+        self.states: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if self.at is not None and trainer.global_step >= self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        self.states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+
+
+def fit(
+    folder: str,
+    method: str,
+    out: str | None = None,
+    kill_at: int | None = None,
+    resume: str | None = None,
+    epochs: int = 4,
+    seed: int | None = 1,
+    net: dict[str, Any] | None = None,
+    count: int = 64,
+    **options: Any,
+) -> None:
+    """Fit, perhaps to be killed; write what came out to ``out``."""
+    if seed is not None:
+        pl.seed_everything(seed)
+    model = LitNet(**(net or {}))
+    killer = Killer(kill_at)
+    saver = ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1)
+    run = trainer(
+        folder,
+        max_epochs=epochs,
+        callbacks=[make(method), killer, saver],
+        enable_checkpointing=True,
+        logger=Lines(Path(folder) / "lines.jsonl"),
+        **options,
+    )
+    run.fit(model, loader(count), loader(16, seed=1), ckpt_path=resume)
+    if out is not None:
+        result = {"weights": model.state_dict(), "plan": plan_of(model).to_json(), "optimizers": killer.states}
+        torch.save(result, out.format(rank=run.global_rank))
+
+
+def main(path: Path) -> None:
+    """Run the jobs."""
+    torch.set_num_threads(1)
+    jobs = json.loads(path.read_text())
+    codes: list[int | None] = [None] * len(jobs)
+    running: dict[int, int] = {}
+    for index, job in enumerate(jobs):
+        running[_start(job)] = index
+        if not job.get("beside"):
+            _wait(running, codes)
+    path.with_suffix(".codes").write_text(json.dumps(codes))
+
+
+def _start(job: dict[str, Any]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ.update(job.get("env", {}))
+        globals()[job["call"]](**job["with"])
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # the child ends here whatever happens; the parent reads the code, the test the output
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait(running: dict[int, int], codes: list[int | None]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            codes[running.pop(child)] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() > deadline:
+            for hanging in running:
+                os.kill(hanging, signal.SIGKILL)
+            deadline = float("inf")
+        else:
+            time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,46 @@
+"""Methods for the contract: every exported one with usual options, and a masking one of the tests' own."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune import methods
+from lightning_prune.callback import Compression, Task
+from lightning_prune.structure.plan import MaskWeight, Plan
+
+
+class ToyMask(Compression):
+    """Holds the smallest weights of every convolution and linear layer at zero, chosen at the start."""
+
+    def __init__(self, sparsity: float = 0.5, include: Any = None, exclude: Any = None) -> None:
+        super().__init__(include=include, exclude=exclude)
+        self.sparsity = sparsity
+
+    def claim(self, model: nn.Module) -> set[str]:
+        return {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+    def decide(self, task: Task, scores: Any) -> Plan:
+        steps = []
+        for name in sorted(self.claim(task.model)):
+            weight = task.model.get_submodule(name).weight.detach()
+            order = weight.abs().flatten().argsort(stable=True)
+            mask = torch.ones(weight.numel(), dtype=torch.bool)
+            mask[order[: int(self.sparsity * weight.numel())]] = False
+            steps.append(MaskWeight.of(name, "weight", mask.view_as(weight)))
+        return Plan(tuple(steps))
+
+
+USUAL = {"flops": 0.5, "align": 1, "every_n_steps": 3, "nuclear": 3e-3}
+NAMES = [*methods.__all__, "ToyMask"]
+
+
+def make(name: str, **options: Any) -> Compression:
+    """Return a method with options that suit the tests' network, those of ``USUAL`` where it takes them."""
+    kind = ToyMask if name == "ToyMask" else getattr(methods, name)
+    known = inspect.signature(kind.__init__).parameters
+    usual = {key: value for key, value in USUAL.items() if key in known}
+    if "flops" not in known and "sparsity" in known:
+        usual["sparsity"] = 0.5
+    return kind(**(usual | options))  # type: ignore[no-any-return]
