@@ -91,7 +91,7 @@ class DigitsNet(pl.LightningModule):
     """Three 3x3 convolutions with BatchNorm and ReLU, the image halved after the first, then one linear layer.
 
     Args:
-        width: Channels of the first convolution; the other two have twice as many. Defaults to 48.
+        width: Channels of the first convolution; the other two have twice as many. Defaults to 64.
         dropout: Share of the last features dropped in training, in [0, 1). Defaults to 0.
         lr: Largest learning rate, > 0; it falls to 0 along a cosine over the fit. Defaults to 0.05.
         optimizer: ``"sgd"`` (momentum 0.9, weight decay 5e-4) or ``"adamw"``. Defaults to ``"sgd"``.
@@ -103,7 +103,7 @@ class DigitsNet(pl.LightningModule):
 
     def __init__(
         self,
-        width: int = 48,
+        width: int = 64,
         dropout: float = 0.0,
         lr: float = 0.05,
         optimizer: Literal["sgd", "adamw"] = "sgd",

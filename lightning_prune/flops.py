@@ -128,7 +128,7 @@ def _counting(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             vars(module).pop("_compiled_call_impl", None)
             if "dynamo_ctx" in vars(module):  # what torch.compile(module) returns
-                vars(module)["forward"] = module._orig_mod.__call__
+                vars(module)["forward"] = module.get_submodule("_orig_mod").__call__
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield
@@ -159,12 +159,17 @@ def _run(model: nn.Module, calls: Sequence[Call]) -> dict[str, tuple[tuple[Shape
             dataclasses.replace(call, args=_copied(call.args), kwargs=_copied(dict(call.kwargs))).run(model)
     except _REFUSALS as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be run on the example inputs {signature(calls)}: {type(error).__name__}: {error}. "
+            f"{type(model).__name__} cannot be run on the example inputs {signature(calls)}: {type(error).__name__}: {_said(error)}. "
             "Give inputs of the shapes, types and device that its forward takes."
         ) from error
     for handle in handles:
         handle.remove()
     return {name: tuple(seen) for name, seen in shapes.items()}
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of a foreign message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _submodule(model: nn.Module, call: Call) -> nn.Module:
@@ -187,8 +192,8 @@ def _trace(model: nn.Module, call: Call) -> "_Analysis":
         analysis.total()
     except _REFUSALS as error:
         raise ModelError(
-            f"{type(model).__name__} runs on the example inputs but torch.jit cannot trace it, so its FLOPs cannot be counted: {error}. "
-            "Count it before it is compiled or scripted, or give the submodules that can be traced as a list of Call(name, args)."
+            f"{type(model).__name__} runs on the example inputs but torch.jit cannot trace it, so its FLOPs cannot be counted: {_said(error)}. "
+            "Count it before it is scripted and on a real device, not meta, or give the submodules that can be traced as a list of Call(name, args)."
         ) from error
     return analysis
 

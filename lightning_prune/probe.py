@@ -18,7 +18,7 @@ import torchmetrics
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.errors import ModelError
 from lightning_prune.structure.calls import Call, as_calls
@@ -159,8 +159,8 @@ class Probe:
         """
         example = getattr(self.model, "example_input_array", None)
         if example is not None:
-            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-            return tuple(Call(c.module, _to(c.args, device), _to(dict(c.kwargs), device)) for c in as_calls(example))
+            like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
+            return tuple(Call(c.module, _like(c.args, like), _like(dict(c.kwargs), like)) for c in as_calls(example))
         remedy = "Set `self.example_input_array` in the module to a tensor, a tuple of arguments or a dict of keyword arguments."
         if not getattr(self.model, "automatic_optimization", True):
             raise ModelError(
@@ -264,10 +264,10 @@ def _iterable(data: Any) -> Iterable[Any]:
     if type(data) is not DataLoader:
         return data  # type: ignore[no-any-return]
     shared = {"collate_fn": data.collate_fn, "generator": data.generator}
+    if isinstance(data.dataset, IterableDataset):
+        return DataLoader(data.dataset, batch_size=data.batch_size, drop_last=data.drop_last, **shared)
     if data.batch_sampler is not None:
         return DataLoader(data.dataset, batch_sampler=data.batch_sampler, **shared)
-    if data.batch_size is not None:
-        return DataLoader(data.dataset, batch_size=data.batch_size, drop_last=data.drop_last, **shared)
     return DataLoader(data.dataset, batch_size=None, sampler=data.sampler, **shared)
 
 
@@ -300,6 +300,17 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_to(item, device) for item in value)
     return value
+
+
+def _like(value: Any, like: Tensor) -> Any:
+    """Move nested tensors to the device of ``like``, floating ones also to its type: the model may be of half or double precision."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, dict):
+        return {key: _like(item, like) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_like(item, like) for item in value)
+    return _to(value, like.device)
 
 
 def _detached(value: Any) -> Any:

@@ -22,7 +22,7 @@ from lightning_prune.callback import loggers
 from lightning_prune.callback.generators import random_state, set_random_state
 from lightning_prune.callback.ranks import agree, agree_on_shapes
 from lightning_prune.callback.task import Task
-from lightning_prune.callback.window import Restore, Window, check_strategy
+from lightning_prune.callback.window import Restore, Window, check_compiled, check_strategy
 from lightning_prune.errors import CheckpointError, ModelError, OptionError, TrainerError
 from lightning_prune.probe import Probe
 from lightning_prune.structure.carrier import plan_of
@@ -169,11 +169,12 @@ class Compression(Callback):
         """Stand ready for a checkpoint and, in a fit, for the window.
 
         Raises:
-            TrainerError: If the strategy cannot follow a change of structure.
+            TrainerError: If the strategy cannot follow a change of structure, or the module is compiled.
         """
         Restore.arm(trainer, pl_module)
         if stage == "fit":
             check_strategy(trainer)
+            check_compiled(pl_module)
             self.reset()
             Window.join(trainer, self)
 

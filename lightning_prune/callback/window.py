@@ -10,6 +10,8 @@ at the latest in ``teardown``.
 import logging
 from typing import Any, Protocol
 
+from torch import nn
+
 from lightning_prune.callback.ranks import agree_on_shapes, spread
 from lightning_prune.checkpoint import rebuild
 from lightning_prune.errors import TrainerError
@@ -129,6 +131,18 @@ def refresh_averages(trainer: Any, module: Any) -> None:
         names = {kind.__name__ for kind in type(callback).__mro__}
         if names & {"WeightAveraging", "StochasticWeightAveraging"}:
             callback.setup(trainer, module, "fit")
+
+
+def check_compiled(module: nn.Module) -> None:
+    """Refuse modules wrapped by ``torch.compile``, whole or in part.
+
+    Raises:
+        TrainerError: With the remedy.
+    """
+    wrapped = [name for name, m in module.named_modules() if type(m).__name__ == "OptimizedModule"]
+    if wrapped or getattr(module, "_compiler_ctx", None) is not None:
+        what = f"Submodule {wrapped[0]!r} of {type(module).__name__}" if wrapped else type(module).__name__
+        raise TrainerError(f"{what} is compiled by torch.compile, whose code knows the dense shapes. Compress it first, compile it after the fit.")
 
 
 def check_strategy(trainer: Any) -> None:

@@ -45,11 +45,16 @@ def run(options: Any, overrides: Overrides) -> int:
 
 def export(options: Any, overrides: Overrides) -> int:
     """Write the model of a checkpoint as an ONNX file; return the exit code."""
+    from lightning_prune.checkpoint import plan_in, read_checkpoint
     from lightning_prune.export import export_onnx
     from lightning_prune.recipe import runner
 
     specs = _class_specs(options, overrides)
-    model = _load(specs["model"], options.checkpoint, require_plan=not options.dense)
+    if not options.dense and plan_in(read_checkpoint(options.checkpoint)["state_dict"]) is None:
+        raise CheckpointError(
+            f"Checkpoint {options.checkpoint!r} carries no plan: its model is dense. Export it with --dense."
+        )
+    model = _load(specs["model"], options.checkpoint)
     example = None
     if "data" in specs:
         example = runner.first_inputs(runner.evaluation_loader(_data(specs["data"])))
@@ -78,7 +83,7 @@ def validate(options: Any, overrides: Overrides) -> int:
         raise OptionError(
             "--model and --checkpoint belong together: the class and the file with its weights. Give both or none."
         )
-    model = _load(specs["model"], options.checkpoint, require_plan=False) if "model" in specs else None
+    model = _load(specs["model"], options.checkpoint) if "model" in specs else None
     name = (
         document.parse_yaml(options.metric, "--metric")
         if options.metric
@@ -101,6 +106,7 @@ def validate(options: Any, overrides: Overrides) -> int:
         max_drop=options.max_drop,
         min_speedup=options.min_speedup,
         latency=latency,
+        progress=sys.stderr.isatty(),
     )
     return _tell(report, report.save(output))
 
@@ -184,13 +190,13 @@ def _class_specs(options: Any, overrides: Overrides) -> dict[str, Any]:
     return {key: schema.class_spec(value, f"--{key}") for key, value in content.items()}
 
 
-def _load(spec: Any, checkpoint: str, require_plan: bool) -> Any:
+def _load(spec: Any, checkpoint: str) -> Any:
     from lightning_prune.checkpoint import load_from_checkpoint
     from lightning_prune.recipe import objects
 
     found = objects.model_class(spec.class_path, "--model")
     arguments = objects.checked(found, spec.init_args, "--model.init_args") if spec.init_args else {}
-    return load_from_checkpoint(found, checkpoint, require_plan=require_plan, **arguments).eval()
+    return load_from_checkpoint(found, checkpoint, require_plan=False, **arguments).eval()
 
 
 def _data(spec: Any) -> Any:

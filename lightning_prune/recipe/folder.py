@@ -90,7 +90,7 @@ class Folder:
         """Note that the result of a stage is there, and drop the checkpoints on the way to it."""
         self.done.append(stage)
         self.save()
-        shutil.rmtree(self.unfinished(stage).parent, ignore_errors=True)
+        shutil.rmtree(self.unfinished(stage).parent.parent, ignore_errors=True)
 
     def save(self) -> None:
         """Write the state, whole or not at all."""

@@ -221,10 +221,11 @@ def checked(
     if not names:
         return {}
     try:
-        config = parser.instantiate_classes(parser.parse_object({_KEY: dict(arguments)}))
+        parsed = parser.parse_object({_KEY: dict(arguments)})
+        instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.4x
+        values = instantiate(parsed)[_KEY]
     except (argparse.ArgumentError, ImportError, TypeError, ValueError) as error:
         raise RecipeError(_explain(str(error), arguments, where)) from error
-    values = config[_KEY]
     plain = bool | int | float | None
     return {key: given if isinstance(given, plain) else values[key] for key, given in arguments.items()}
 

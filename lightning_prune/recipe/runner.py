@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def _fit(folder: Folder, stage: Stage, number: int) -> None:
     data = objects.module(recipe.data, "data")
     unfinished = folder.unfinished(stage.name)
     keep = package.callbacks.ModelCheckpoint(
-        unfinished.parent, save_last=True, save_top_k=0, save_on_train_epoch_end=True, enable_version_counter=False
+        unfinished.parent, unfinished.stem, save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
     )
     trainer = checks.trainer(
         model,
@@ -175,6 +176,7 @@ def _export_and_validate(folder: Folder, small: Any) -> Outcome:
         dataloader=loader,
         model=small,
         extra={"recipe": recipe.to_dict()},
+        progress=sys.stderr.isatty(),
         **arguments,
     )
     return Outcome(folder.path, plan, report, report.save(folder.path / "report"))
@@ -278,6 +280,7 @@ def _modest_noise() -> Iterator[None]:
             logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # so it is on resume
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")  # Lightning 2.6 under torch 2.13
             yield
     finally:

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lit import LitNet, loader, trainer
+from lit import LitNet, Points, loader, trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers.logger import Logger
+from torch.utils.data import DataLoader
 from toys import make
 
 from lightning_prune.structure.carrier import plan_of
 
-LIMIT = 240  # seconds after which a job counts as hanging
+LIMIT = 100  # seconds after which a job counts as hanging
 
 
 class Lines(Logger):
@@ -67,12 +68,18 @@ def fit(
     seed: int | None = 1,
     net: dict[str, Any] | None = None,
     count: int = 64,
+    batch_size: int = 16,
+    interleave: int = 0,
+    model: Any = None,
     **options: Any,
 ) -> None:
-    """Fit, perhaps to be killed; write what came out to ``out``."""
+    """Fit, perhaps to be killed; write what came out to ``out``.
+
+    With ``interleave`` a single process sees, batch by batch, what two ranks with batches of that size see together.
+    """
     if seed is not None:
         pl.seed_everything(seed)
-    model = LitNet(**(net or {}))
+    model = model or LitNet(**(net or {}))
     killer = Killer(kill_at)
     saver = ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1)
     run = trainer(
@@ -83,10 +90,23 @@ def fit(
         logger=Lines(Path(folder) / "lines.jsonl"),
         **options,
     )
-    run.fit(model, loader(count), loader(16, seed=1), ckpt_path=resume)
+    data = loader(count, batch_size)
+    if interleave:
+        data = DataLoader(Points(count), batch_size=batch_size)
+    elif run.world_size > 1:
+        data = DataLoader(Points(count), batch_size=batch_size, shuffle=False)
+    run.fit(model, data, loader(16, seed=1), ckpt_path=resume)
     if out is not None:
         result = {"weights": model.state_dict(), "plan": plan_of(model).to_json(), "optimizers": killer.states}
         torch.save(result, out.format(rank=run.global_rank))
+
+
+def fit_of_another_width_on_rank_1(**arguments: Any) -> None:
+    """Fit a model whose last layer is wider on rank 1."""
+    model = LitNet()
+    if os.environ["RANK"] == "1":
+        model.net[10] = torch.nn.Linear(32, 5)
+    fit(model=model, **arguments)
 
 
 def main(path: Path) -> None:

@@ -18,10 +18,22 @@ def photograph(model: nn.Module) -> dict[str, object]:
     for name, module in model.named_modules():
         photo[f"{name}/training"] = module.training
         photo[f"{name}/attributes"] = tuple(vars(module))
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"):
+        for hooks in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+            "_state_dict_hooks",
+        ):
             photo[f"{name}/{hooks}"] = tuple(vars(module)[hooks])
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        photo[name] = (id(tensor), tensor.dtype, tensor.requires_grad, tensor.is_leaf, tensor.detach().numpy().tobytes())
+        photo[name] = (
+            id(tensor),
+            tensor.dtype,
+            tensor.requires_grad,
+            tensor.is_leaf,
+            tensor.detach().numpy().tobytes(),
+        )
         if tensor.is_leaf:
             photo[f"{name}.grad"] = (id(tensor.grad), None if tensor.grad is None else tensor.grad.numpy().tobytes())
     return photo
@@ -76,7 +88,7 @@ def test_a_scorer_leaves_everything_bit_identical(mode, parameters):
 def test_everything_is_put_back_when_the_block_raises():
     model = trained()
     before, state = photograph(model), dice()
-    with pytest.raises(ZeroDivisionError), preserved(model, mode="train"):
+    with pytest.raises(ZeroDivisionError), preserved(model, mode="train"):  # noqa: PT012
         scorer(model)
         raise ZeroDivisionError
     assert photograph(model) == before
@@ -289,7 +301,7 @@ def test_scripted_submodules_are_put_back():
 
 
 def test_lazy_parameters_are_refused():
-    with pytest.raises(ModelError, match="no shape yet. Run it once"), preserved(nn.LazyLinear(2)):
+    with pytest.raises(ModelError, match=r"no shape yet\. Run it once"), preserved(nn.LazyLinear(2)):
         pass
 
 

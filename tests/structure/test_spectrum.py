@@ -211,6 +211,13 @@ def test_truncation_is_sharp_on_an_ill_conditioned_spectrum(rank):
     assert float((matrix - cut.product()).square().sum()) == pytest.approx(lost, rel=1e-2, abs=1e-17)
 
 
+def test_projection_is_right_below_what_the_gram_matrix_can_see():
+    matrix = with_values([1.0, 1e-9, 1e-10], 20, 30)
+    for side in (matrix, matrix.mT):
+        error = (side - project(side, 2)).double().norm()
+        assert float(error) == pytest.approx(1e-10, rel=1e-3)
+
+
 def test_ordinary_spectra_never_need_the_full_svd(no_svd):
     matrix = random(1, 20, 60)
     known = spectrum(matrix, 0.005)
