@@ -23,7 +23,7 @@ def _installed() -> list[ModuleType]:
 
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback as Callback
 else:
     Callback = type("Callback", tuple(package.Callback for package in _installed()), {"__module__": __name__})
     Callback.__doc__ = "Base of our callbacks: a Callback of every installed Lightning package."

@@ -7,6 +7,7 @@ class is constructed dense, the plan gives it its shapes, and the weights are lo
 import inspect
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,11 +43,11 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     try:
         data = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error):
-            raise CheckpointError(f"Checkpoint {str(file)!r} is truncated or no checkpoint: {error}.") from error
-        what = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or "pickled objects"
+        what = re.search(r"(Unsupported (?:global|class|operand)|GLOBAL|Trying to (?:load|call|instantiate)).*", str(error))
+        if what is None:
+            raise CheckpointError(f"Checkpoint {str(file)!r} is truncated or no checkpoint. Give a file that Trainer or torch.save wrote.") from error
         raise CheckpointError(
-            f"Checkpoint {str(file)!r} holds pickled code, which is never run: {what.rstrip('.')}. Save it again with plain types and tensors."
+            f"Checkpoint {str(file)!r} holds pickled code, which is never run: {what.group().rstrip('.')}. Save it again with plain types and tensors."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
@@ -157,7 +158,7 @@ def _construct(cls: type[M], checkpoint: Mapping[str, Any], path: Any, kwargs: M
         )
     try:
         return cls(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OSError) as error:
         raise ModelError(
             f"{cls.__name__} cannot be constructed from {str(path)!r}: {error}. Pass its arguments, or call save_hyperparameters() in it."
         ) from error

@@ -29,6 +29,11 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
 
 
+def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """Return two blocks, the first of which changes the shape."""
+    return nn.Sequential(BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1))
+
+
 class ResNet18(nn.Module):
     """ResNet-18 of He et al. 2015 (arXiv:1512.03385) with torchvision's names; ``[N, 3, H, W]`` to ``[N, num_classes]``."""
 
@@ -37,10 +42,10 @@ class ResNet18(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        sizes = [width, width, 2 * width, 4 * width, 8 * width]
-        for i in range(4):
-            first = BasicBlock(sizes[i], sizes[i + 1], stride=1 if i == 0 else 2)
-            setattr(self, f"layer{i + 1}", nn.Sequential(first, BasicBlock(sizes[i + 1], sizes[i + 1], stride=1)))
+        self.layer1 = stage(width, width, stride=1)
+        self.layer2 = stage(width, 2 * width, stride=2)
+        self.layer3 = stage(2 * width, 4 * width, stride=2)
+        self.layer4 = stage(4 * width, 8 * width, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(8 * width, num_classes)
 

@@ -75,8 +75,13 @@ class Target:
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise OptionError(f"{method}(rank={self.rank!r}): give an integer of at least 1.")
         for name in ("flops", "params"):
-            if (value := getattr(self, name)) is not None:
-                resolve_bound(value, value if isinstance(value, int) and value > 0 else 1, name)
+            value = getattr(self, name)
+            share = isinstance(value, float) and 0 < value <= 1
+            count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if value is not None and not share and not count:
+                raise OptionError(
+                    f"{method}({name}={value!r}): give a float in (0, 1], a share of the dense model, or an int of at least 1, a count."
+                )
         round_rank(1, self.align, 1)
 
     def met(self, task: Task) -> str | None:

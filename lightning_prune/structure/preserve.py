@@ -152,10 +152,15 @@ class _SavedTensor:
                 tensor.requires_grad_(self.requires_grad)
             tensor.grad = self.grad
         if self.grad is not None and self.grad_value is not None:
-            _write(self.grad.detach(), self.grad_value)
+            _write(_alias(self.grad), self.grad_value)
         for name, hooks in self.hooks:
             _restore_hooks(tensor, name, hooks)
         return self.value is not None or _version(tensor) == self.version
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Return the same storage without a share in autograd's version counter, so that writing to it disturbs no recorded graph."""
+    return tensor.detach() if tensor.is_inference() else tensor.data
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -174,9 +179,8 @@ def _same_storage(tensor: Tensor, alias: Tensor) -> bool:
 
 
 def _write(target: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into ``target``, of which expanded dimensions are one element in memory, past autograd's version counters."""
+    """Copy ``value`` into ``target``, an alias; expanded dimensions are one element in memory."""
     with torch.inference_mode(target.is_inference()), torch.no_grad():
-        target = target if target.is_inference() else target.data
         if target.layout == torch.strided:
             for dim, stride in enumerate(target.stride()):
                 if stride == 0 and target.shape[dim] > 1:

@@ -25,7 +25,7 @@ def ranks(folder: Any, **arguments: Any) -> list[dict[str, Any]]:
     for rank in range(2):
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "MASTER_PORT": port}
         env |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "contract"}
-        options = {"folder": str(folder), "strategy": "ddp", "devices": 2, **arguments}
+        options = {"folder": str(folder), "strategy": "ddp", "devices": 2, "use_distributed_sampler": False, **arguments}
         env_text = {key: str(value) for key, value in env.items()}
         jobs.append({"call": call, "with": options, "env": env_text, "beside": rank == 0})
     return jobs

@@ -18,7 +18,7 @@ import torch
 from lit import LitNet, Points, loader, trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers.logger import Logger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from toys import make
 
 from lightning_prune.structure.carrier import plan_of
@@ -94,7 +94,7 @@ def fit(
     if interleave:
         data = DataLoader(Points(count), batch_size=batch_size)
     elif run.world_size > 1:
-        data = DataLoader(Points(count), batch_size=batch_size, shuffle=False)
+        data = DataLoader(Subset(Points(count), range(run.global_rank, count, run.world_size)), batch_size=batch_size)
     run.fit(model, data, loader(16, seed=1), ckpt_path=resume)
     if out is not None:
         result = {"weights": model.state_dict(), "plan": plan_of(model).to_json(), "optimizers": killer.states}

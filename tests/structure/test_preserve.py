@@ -245,11 +245,22 @@ def test_gradient_mode_and_autocast_are_put_back():
         assert torch.is_autocast_cache_enabled()
 
 
+def test_casts_that_autocast_made_of_changed_weights_are_forgotten():
+    model, x = nn.Linear(2, 2), torch.randn(1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+        with preserved(model, parameters=True):
+            torch.clear_autocast_cache()
+            model.weight.data.add_(1)
+            assert not torch.equal(model(x), before)
+        assert torch.equal(model(x), before)
+
+
 def test_a_question_without_gradients_under_autocast_does_not_cut_off_the_weights():
     model = nn.Linear(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with preserved(model), torch.no_grad():
-            model(torch.randn(1, 2))  # leaves a cast of the weight without graph in autocast's cache
+            model(torch.randn(1, 2))
         model(torch.randn(1, 2)).sum().backward()
     assert model.weight.grad is not None
 
