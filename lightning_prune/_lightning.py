@@ -16,10 +16,16 @@ PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
 
 def _installed() -> list[ModuleType]:
-    roots = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
-    if not roots:
+    found = [name for name in PACKAGES if _is_installed(name)]
+    if not found:
         raise ModuleNotFoundError("lightning_prune needs pytorch-lightning or lightning: pip install pytorch-lightning")
-    return [importlib.import_module(name) for name in roots]
+    return [importlib.import_module(name) for name in found]
+
+
+def _is_installed(name: str) -> bool:
+    """The parent alone does not count: a project may keep its own code in a folder ``lightning``."""
+    parent = name.partition(".")[0]
+    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(name) is not None
 
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ def preserved(
 ) -> Iterator[None]:
     """Run the block and put the model and all randomness back as they were.
 
-    Inside, gradients start out as None, so that a backward pass adds to nothing and the gradients of before cost no second addition.
+    Inside, all gradients start as None, so that a backward pass gives the gradients of the block alone.
 
     Args:
         model: The model, any device and dtype; its gradients and buffers may be in any state.
@@ -127,9 +127,7 @@ class _SavedTensor:
                 "The model has lazy parameters or buffers that have no shape yet. Run it once on example inputs before it is analysed or compressed."
             )
         self.tensor = tensor
-        self.alias = (
-            tensor.detach() if tensor.is_inference() else tensor.data
-        )  # same storage, no version counter shared
+        self.alias = _alias(tensor)
         self.value = self.alias.clone() if copied else None
         self.version = _version(tensor)
         self.requires_grad = tensor.requires_grad
