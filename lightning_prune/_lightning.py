@@ -29,7 +29,7 @@ def _is_installed(name: str) -> bool:
 
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback as Callback
+    from pytorch_lightning import Callback as Callback  # noqa: PLC0414 - re-exported, mypy wants it said
 else:
     Callback = type("Callback", tuple(package.Callback for package in _installed()), {"__module__": __name__})
     Callback.__doc__ = "Base of our callbacks: a Callback of every installed Lightning package."
@@ -48,7 +48,9 @@ def package_of(module: Any) -> ModuleType:
     for package in _installed():
         if issubclass(kind, package.LightningModule):
             return package
-    raise ModelError(f"{kind.__module__}.{kind.__qualname__} is no LightningModule. Give a class that inherits from one.")
+    raise ModelError(
+        f"{kind.__module__}.{kind.__qualname__} is no LightningModule. Give a class that inherits from one."
+    )
 
 
 def is_lightning_module(module: Any) -> bool:

@@ -38,8 +38,18 @@ def portrait(model):
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     modes = {name: m.training for name, m in model.named_modules()}
-    hooks = {(name, key): len(m.__dict__[key]) for name, m in model.named_modules() for key in m.__dict__ if key.endswith("_hooks")}
-    metrics = {k: copy.deepcopy(v) for m in model.modules() if isinstance(m, torchmetrics.Metric) for k, v in m.metric_state.items()}
+    hooks = {
+        (name, key): len(m.__dict__[key])
+        for name, m in model.named_modules()
+        for key in m.__dict__
+        if key.endswith("_hooks")
+    }
+    metrics = {
+        k: copy.deepcopy(v)
+        for m in model.modules()
+        if isinstance(m, torchmetrics.Metric)
+        for k, v in m.metric_state.items()
+    }
     return tensors, grads, modes, hooks, metrics, torch.get_rng_state(), set(model.__dict__)
 
 
@@ -102,7 +112,9 @@ def test_recalibration_is_the_mean_over_batches_and_changes_nothing_else():
     torch.testing.assert_close(model.net[1].running_mean, mean.detach())
     torch.testing.assert_close(model.net[1].running_var, var.detach())
     changed = {name for name, value in before[0].items() if not torch.equal(value, after[0][name])}
-    assert changed == {f"net.{n}.{key}" for n in (1, 4) for key in ("running_mean", "running_var", "num_batches_tracked")}
+    assert changed == {
+        f"net.{n}.{key}" for n in (1, 4) for key in ("running_mean", "running_var", "num_batches_tracked")
+    }
     assert_same(before[1:], after[1:])  # gradients, modes, hooks, metrics, random state, attributes
     assert model.net[1].momentum == 0.1
 

@@ -296,7 +296,9 @@ class Compression(Callback):
             set_random_state(self._random)
             self._random = None
             if trainer.fit_loop.is_resuming or trainer.fit_loop.epoch_loop.restarting:
-                iter(trainer.fit_loop._data_fetcher)  # draws the seeds of loaders; Lightning does so in every epoch but a resumed one
+                iter(
+                    trainer.fit_loop._data_fetcher
+                )  # draws the seeds of loaders; Lightning does so in every epoch but a resumed one
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Let a gradual method act on the weights before an optimizer step begins."""

@@ -142,7 +142,9 @@ def check_compiled(module: nn.Module) -> None:
     wrapped = [name for name, m in module.named_modules() if type(m).__name__ == "OptimizedModule"]
     if wrapped or getattr(module, "_compiler_ctx", None) is not None:
         what = f"Submodule {wrapped[0]!r} of {type(module).__name__}" if wrapped else type(module).__name__
-        raise TrainerError(f"{what} is compiled by torch.compile, whose code knows the dense shapes. Compress it first, compile it after the fit.")
+        raise TrainerError(
+            f"{what} is compiled by torch.compile, whose code knows the dense shapes. Compress it first, compile it after the fit."
+        )
 
 
 def check_strategy(trainer: Any) -> None:

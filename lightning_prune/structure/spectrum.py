@@ -7,9 +7,9 @@ is an argument, and the spectrum comes from the Gram matrix.
 Layout: a batch of matrices ``[groups, p, q]``, one per group of a convolution; singular values ``[groups, n]`` with
 ``n = min(p, q)``, descending. All groups share one rank, the largest that any of them needs.
 
-Everything runs in float64, whatever came. The Gram matrix squares the condition: relative to the largest singular
-value, its vectors span the right subspace down to 1e-7, and carry over to the other side down to 1e-3; what asks for
-more is done by a full SVD, which is several times slower.
+Values and directions are computed in float64, whatever came; products with known directions in the type of the matrix,
+at least float32. The Gram matrix squares the condition: relative to the largest singular value, its vectors span the
+right subspace down to 1e-7, and carry over to the other side down to 1e-3; what asks for more is done by a full SVD.
 """
 
 from typing import NamedTuple
@@ -188,14 +188,15 @@ def project(matrix: Tensor, rank: int, known: Spectrum | None = None) -> Tensor:
         ModelError: As :func:`truncate`.
     """
     _check_rank(matrix, rank)
-    wide = _float64(matrix)
-    values, vectors, on_left = known or spectrum(wide)
+    values, vectors, on_left = known or spectrum(matrix)
     if not _holds(values, rank, _SPANNED):
-        values, vectors, on_left = _spectrum_by_svd(wide)
+        values, vectors, on_left = _spectrum_by_svd(_float64(matrix))
+    wide = _at_least_float32(matrix)
     rows = wide if on_left else wide.mT
-    kept, dropped = vectors[:, :, :rank], vectors[:, :, rank:]
+    kept, dropped = vectors[:, :, :rank].to(wide), vectors[:, :, rank:].to(wide)
     few = kept.shape[2] <= dropped.shape[2]  # the thinner of the two costs less
-    near = kept @ (kept.mT @ rows) if few else rows - dropped @ (dropped.mT @ rows)
+    with torch.autocast(wide.device.type, enabled=False):
+        near = kept @ (kept.mT @ rows) if few else rows - dropped @ (dropped.mT @ rows)
     return (near if on_left else near.mT).to(matrix)
 
 
@@ -223,8 +224,10 @@ def polar(matrix: Tensor, rank: int, known: Spectrum | None = None) -> Tensor:
     if not _holds(values, rank, _CARRIED):
         return truncate(wide, rank, known).polar().to(matrix)
     kept = vectors[:, :, :rank]
-    whiten = (kept / values[:, None, :rank]) @ kept.mT  # U_k diag(1/s_k) U_k^T
-    return (whiten @ wide if on_left else wide @ whiten).to(matrix)
+    wide = _at_least_float32(matrix)
+    whiten = ((kept / values[:, None, :rank]) @ kept.mT).to(wide)  # U_k diag(1/s_k) U_k^T
+    with torch.autocast(wide.device.type, enabled=False):
+        return (whiten @ wide if on_left else wide @ whiten).to(matrix)
 
 
 def round_rank(rank: int, multiple: int, limit: int) -> int:
@@ -254,6 +257,11 @@ def _float64(matrix: Tensor) -> Tensor:
         raise ModelError(f"A batch of matrices [groups, p, q] is needed, got shape {list(matrix.shape)}.")
     device = "cpu" if matrix.device.type == "mps" else matrix.device  # Apple's GPUs have no float64
     return matrix.detach().to(device=device, dtype=torch.float64)
+
+
+def _at_least_float32(matrix: Tensor) -> Tensor:
+    """The type to multiply in where directions are known: float64 adds nothing to a result that is rounded to float32."""
+    return matrix.detach() if matrix.dtype == torch.float64 else matrix.detach().float()
 
 
 def _check_rank(matrix: Tensor, rank: int) -> None:

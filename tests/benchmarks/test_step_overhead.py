@@ -78,7 +78,10 @@ def share(callback, folder, monkeypatch):
     data = TensorDataset(torch.randn(64 * STEPS, 3, 64, 64), torch.randint(0, 10, (64 * STEPS,)))
     trainer(folder, callbacks=[clock, timed(callback)], max_epochs=1).fit(Lit(), DataLoader(data, batch_size=64))
     steps = [later - earlier for earlier, later in zip(clock.starts, clock.starts[1:], strict=False)]
-    own = [sum(times) for times in zip(*(callback.spent[name][: len(steps)] for name in HOOKS if callback.spent[name]), strict=False)]
+    own = [
+        sum(times)
+        for times in zip(*(callback.spent[name][: len(steps)] for name in HOOKS if callback.spent[name]), strict=False)
+    ]
     rest = statistics.median(step - mine for step, mine in zip(steps, own, strict=False))
     window = own[1:21]  # the second projection with the steps that it serves
     return statistics.mean(window), rest

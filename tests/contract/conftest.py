@@ -21,7 +21,10 @@ def run_jobs(tmp_path_factory):
         path.write_text(json.dumps(jobs))
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("worker.py")), str(path)], env=env, capture_output=True, text=True
+            [sys.executable, str(Path(__file__).with_name("worker.py")), str(path)],
+            env=env,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(path.with_suffix(".codes").read_text()), done.stdout + done.stderr

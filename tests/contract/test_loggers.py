@@ -48,7 +48,9 @@ def read_csv(folder):
 
 
 def read_markdown(text):
-    rows = [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.split("\n")]
+    rows = [
+        [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.split("\n")
+    ]
     assert all(cell == "---" for cell in rows[1])
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
@@ -59,10 +61,14 @@ def read_tensorboard(folder):
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
     events.Reload()
     tags = events.Tags()
-    scalars = merged((p.step, tag, p.value) for tag in tags["scalars"] if tag.startswith(PLACE) for p in events.Scalars(tag))
+    scalars = merged(
+        (p.step, tag, p.value) for tag in tags["scalars"] if tag.startswith(PLACE) for p in events.Scalars(tag)
+    )
     text = events.Tensors("compression/layers/text_summary")[-1].tensor_proto.string_val[0].decode()
     pictures = [p.encoded_image_string for tag in tags["images"] for p in events.Images(tag)]
-    return SimpleNamespace(scalars=scalars, table=read_markdown(text), pictures=[_pixels(io.BytesIO(p)) for p in pictures])
+    return SimpleNamespace(
+        scalars=scalars, table=read_markdown(text), pictures=[_pixels(io.BytesIO(p)) for p in pictures]
+    )
 
 
 def _records(path):
@@ -97,7 +103,9 @@ def read_wandb(folder):
         step = items.get("trainer/global_step")
         facts = {name: json.loads(text) for name, text in items.items() if name.startswith(PLACE)}
         points += [(step, name, value) for name, value in facts.items() if isinstance(value, int | float)]
-    points = [p for p in points if not p[1].startswith(("compression/layers/", "compression/kept/w", "compression/kept/h"))]
+    points = [
+        p for p in points if not p[1].startswith(("compression/layers/", "compression/kept/w", "compression/kept/h"))
+    ]
     points = [p for p in points if p[1] != "compression/kept/count"]
     media = log.parent / "files" / "media"
     (path,) = (media / "table" / "compression").glob("layers*.json")
@@ -262,7 +270,12 @@ def test_a_reason_with_bars_and_line_ends_stays_in_its_cell():
     texts = []
     logger = SimpleNamespace(experiment=SimpleNamespace(add_text=lambda *arguments: texts.append(arguments[1])))
     run = SimpleNamespace(
-        is_global_zero=True, barebones=False, fast_dev_run=False, loggers=[logger], lightning_module=nn.Module(), global_step=3
+        is_global_zero=True,
+        barebones=False,
+        fast_dev_run=False,
+        loggers=[logger],
+        lightning_module=nn.Module(),
+        global_step=3,
     )
     mask = MaskWeight.of("first", "weight", torch.tensor([True, False]))
     loggers.tell_table(run, Plan((mask,), {"last": "a | b\nc"}), "title")

@@ -23,9 +23,22 @@ def ranks(folder: Any, **arguments: Any) -> list[dict[str, Any]]:
     call = arguments.pop("call", "fit")
     jobs = []
     for rank in range(2):
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "MASTER_PORT": port}
+        env = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "GROUP_RANK": 0,
+            "MASTER_PORT": port,
+        }
         env |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "contract"}
-        options = {"folder": str(folder), "strategy": "ddp", "devices": 2, "use_distributed_sampler": False, **arguments}
+        options = {
+            "folder": str(folder),
+            "strategy": "ddp",
+            "devices": 2,
+            "use_distributed_sampler": False,
+            **arguments,
+        }
         env_text = {key: str(value) for key, value in env.items()}
         jobs.append({"call": call, "with": options, "env": env_text, "beside": rank == 0})
     return jobs
@@ -48,8 +61,16 @@ def test_unseeded_ranks_end_with_the_same_plan_and_weights(run_jobs, tmp_path, m
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert one["plan"] == two["plan"]
     assert json.loads(one["plan"])["steps"]
-    buffers = ("running_mean", "running_var", "num_batches_tracked")  # DDP leaves those of batch normalization to each rank
-    differ = [n for n, value in one["weights"].items() if not n.endswith(buffers) and not torch.equal(value, two["weights"][n])]
+    buffers = (
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    )  # DDP leaves those of batch normalization to each rank
+    differ = [
+        n
+        for n, value in one["weights"].items()
+        if not n.endswith(buffers) and not torch.equal(value, two["weights"][n])
+    ]
     assert not differ
 
 
@@ -58,7 +79,10 @@ def test_unseeded_ranks_end_with_the_same_plan_and_weights(run_jobs, tmp_path, m
 def test_two_ranks_equal_one_process_on_all_of_the_data(run_jobs, tmp_path, method):
     common = {"method": method, "epochs": 2, "net": {"norm": False}, "precision": "64-true"}
     both = ranks(tmp_path, out=str(tmp_path / "rank{rank}.pt"), batch_size=8, **common)
-    single = {"call": "fit", "with": {"folder": str(tmp_path), "out": str(tmp_path / "one.pt"), "batch_size": 16, "interleave": 8, **common}}
+    single = {
+        "call": "fit",
+        "with": {"folder": str(tmp_path), "out": str(tmp_path / "one.pt"), "batch_size": 16, "interleave": 8, **common},
+    }
     codes, text = run_jobs([*both, single])
     assert codes == [0, 0, 0], text
     two, one = (torch.load(tmp_path / name, weights_only=True) for name in ("rank0.pt", "one.pt"))

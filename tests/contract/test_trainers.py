@@ -94,7 +94,11 @@ def test_accumulation_clipping_and_schedulers_go_on_as_without_us(name, algorith
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", [EMAWeightAveraging, StochasticWeightAveraging])
 def test_averaged_weights_have_the_same_structure_and_end_up_in_the_module(name, kind, first, tmp_path):
-    averager = EMAWeightAveraging(decay=0.5) if kind is EMAWeightAveraging else StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    averager = (
+        EMAWeightAveraging(decay=0.5)
+        if kind is EMAWeightAveraging
+        else StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    )
     seen = {}
 
     class Watch(Callback):
@@ -113,7 +117,9 @@ def test_averaged_weights_have_the_same_structure_and_end_up_in_the_module(name,
     assert all(torch.equal(value, seen["module"][key]) for key, value in seen["average"].items())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning")  # torch.compile's own imports
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # torch.compile's own imports
 def test_compiled_modules_are_refused_with_the_remedy(name, tmp_path):
     with pytest.raises(TrainerError, match="compile it after"):
         fit(torch.compile(LitNet()), make(name), tmp_path)
@@ -170,7 +176,9 @@ def test_validate_test_and_predict_before_and_after(name, tmp_path):
     assert_compressed(model)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided")
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided"
+)
 def test_best_checkpoint_after_compression_is_loaded_or_said_to_be_dense(name, tmp_path, caplog):
     model = LitNet()
     saver = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
@@ -189,7 +197,9 @@ def test_best_checkpoint_after_compression_is_loaded_or_said_to_be_dense(name, t
     saved = torch.load(tmp_path / "small.ckpt", weights_only=True)
     shapes = {tuple(p.shape) for p in load_from_checkpoint(LitNet, tmp_path / "small.ckpt").parameters()}
     for state in saved["optimizer_states"]:
-        kept = [v for entry in state["state"].values() for v in entry.values() if isinstance(v, torch.Tensor) and v.ndim]
+        kept = [
+            v for entry in state["state"].values() for v in entry.values() if isinstance(v, torch.Tensor) and v.ndim
+        ]
         assert {tuple(v.shape) for v in kept} <= shapes
 
 

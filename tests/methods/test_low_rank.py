@@ -34,7 +34,9 @@ X = torch.zeros(2, 3, 12, 12)
 def test_a_bound_is_never_exceeded_and_met_closely(what, share, scheme):
     model = grouped()
     small, plan = compress(model, LowRank(**{what: share}, scheme=scheme, align=1), X)
-    have = {"flops": lambda m: count_flops(m, X).total, "params": lambda m: sum(p.numel() for p in m.parameters())}[what]
+    have = {"flops": lambda m: count_flops(m, X).total, "params": lambda m: sum(p.numel() for p in m.parameters())}[
+        what
+    ]
     assert have(small) <= share * have(model)
     assert have(small) > (share - 0.08) * have(model)
     assert plan.origin.params == sum(p.numel() for p in model.parameters())
@@ -75,7 +77,12 @@ def test_rank_and_energy_refer_to_each_layer():
 
 def test_align_rounds_ranks_to_multiples():
     _, plan = compress(grouped(), LowRank(flops=0.75, align=8), X)
-    units = {"0": 4, "3": 8, "8": 8, "10": 2}  # narrow layers, whose useful ranks end below 16, take a smaller power of two
+    units = {
+        "0": 4,
+        "3": 8,
+        "8": 8,
+        "10": 2,
+    }  # narrow layers, whose useful ranks end below 16, take a smaller power of two
     assert all(step.rank % units[step.module] == 0 for step in plan.steps)
 
 

@@ -49,7 +49,13 @@ def test_weights_are_projected_in_steps_0_m_2m_and_no_other(tmp_path):
 
 def test_accumulation_counts_optimizer_steps_not_batches(tmp_path):
     watch = Watch()
-    fit(TRP(energy=0.3, every_n_steps=2, include="net.8", align=1), tmp_path, watch, max_epochs=2, accumulate_grad_batches=2)
+    fit(
+        TRP(energy=0.3, every_n_steps=2, include="net.8", align=1),
+        tmp_path,
+        watch,
+        max_epochs=2,
+        accumulate_grad_batches=2,
+    )
     # 8 batches are 4 steps: projected before step 0 and step 2; within a step the weights stay
     assert [rank < 32 for rank in watch.ranks] == [True, True, False, False, True, True, False, False]
 
