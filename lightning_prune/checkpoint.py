@@ -51,7 +51,8 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
                 f"Checkpoint {str(file)!r} is truncated or no checkpoint. Give a file that Trainer or torch.save wrote."
             ) from error
         raise CheckpointError(
-            f"Checkpoint {str(file)!r} holds pickled code, which is never run: {what.group().rstrip('.')}. Save it again with plain types and tensors."
+            f"Checkpoint {str(file)!r} holds pickled code, which is never run: {what.group().rstrip('.')}. "
+            "Save it again with plain types and tensors."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__

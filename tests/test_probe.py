@@ -29,8 +29,7 @@ class Metered(LitNet):
 
 
 def probe(model, data=None):
-    step = lambda batch, index: model.training_step(batch, index)  # noqa: E731
-    return Probe(model, loader() if data is None else data, step)
+    return Probe(model, loader() if data is None else data, model.training_step)
 
 
 def portrait(model):
@@ -145,7 +144,7 @@ def test_example_calls_are_the_outermost_modules_that_hold_parameters():
 def test_questions_without_an_answer_say_what_to_set():
     model = LitNet(example=False)
     model.automatic_optimization = False
-    with pytest.raises(ModelError, match="manual optimization.*example_input_array"):
+    with pytest.raises(ModelError, match=r"manual optimization.*example_input_array"):
         probe(model).example_calls()
     with pytest.raises(ModelError, match="needs data"):
         next(Probe.of_data(LitNet(), None, None).batches(1))

@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_prune import methods
 from lightning_prune.callback import Compression, Task
-from lightning_prune.structure.plan import MaskWeight, Plan
+from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.steps import MaskWeight
 
 
 class ToyMask(Compression):

@@ -11,7 +11,7 @@ does the rest:
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +19,18 @@ from torch import nn
 
 from lightning_prune._lightning import Callback
 from lightning_prune.callback import loggers
+from lightning_prune.callback.checks import (
+    check_compiled,
+    check_integer,
+    check_optimizers,
+    check_strategy,
+    nothing_to_change,
+)
 from lightning_prune.callback.generators import random_state, set_random_state
 from lightning_prune.callback.ranks import agree, agree_on_shapes
 from lightning_prune.callback.task import Task
-from lightning_prune.callback.window import Restore, Window, check_compiled, check_strategy
-from lightning_prune.errors import CheckpointError, ModelError, OptionError, TrainerError
+from lightning_prune.callback.window import Restore, Window
+from lightning_prune.errors import CheckpointError, TrainerError
 from lightning_prune.probe import Probe
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.masks import Masks
@@ -254,7 +261,7 @@ class Compression(Callback):
         Raises:
             TrainerError: If an optimizer holds parameters that are not in the model, or lacks those that compression created.
         """
-        self._check_optimizers(trainer, pl_module)
+        check_optimizers(trainer, pl_module, type(self).__name__, self._created)
         masks = Masks(pl_module, plan_of(pl_module))
         owners = self._owners(trainer, pl_module)
 
@@ -273,22 +280,6 @@ class Compression(Callback):
         claimed = {p for name in self._claimed for p in _parameters(module, name)} | set(self._created)
         holds = [o for o in trainer.optimizers if any(p in claimed for g in o.param_groups for p in g["params"])]
         return holds or list(trainer.optimizers)
-
-    def _check_optimizers(self, trainer: Any, module: Any) -> None:
-        held = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        stale = held - set(module.parameters())
-        if stale:
-            raise TrainerError(
-                f"configure_optimizers gave {len(stale)} parameters that are not in the model any more; they would train instead of the "
-                "compressed ones. Read self.parameters() inside configure_optimizers, not in __init__."
-            )
-        names = {p: name for name, p in module.named_parameters()}
-        missing = [names[p] for p in self._created if p.requires_grad and p not in held]
-        if missing and held:
-            raise TrainerError(
-                f"Parameter {missing[0]!r}, made by {type(self).__name__}, is trainable but in no optimizer. Give self.parameters() to the optimizer, "
-                "or freeze the layer before the fit."
-            )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the random generators back where the checkpoint left them."""
@@ -378,23 +369,6 @@ class Compression(Callback):
         seen = trainer.fit_loop.epoch_loop.batch_idx / batches if isinstance(batches, int) and batches else 0.0
         epoch = trainer.current_epoch + (max(0.0, seen) if trainer.training else 0.0)
         return min(1.0, max(0.0, float(epoch - self.start_epoch) / (self.until_epoch - self.start_epoch)))
-
-
-def check_integer(owner: object, name: str, minimum: int) -> None:
-    """Check that an argument is an integer of at least ``minimum``.
-
-    Raises:
-        OptionError: Otherwise.
-    """
-    value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise OptionError(f"{type(owner).__name__}({name}={value!r}): give an integer of at least {minimum}.")
-
-
-def nothing_to_change(method: str, left_alone: Mapping[str, str]) -> ModelError:
-    """Return the error for a compression that would change nothing, with the reasons."""
-    reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(left_alone.items())[:5])
-    return ModelError(f"{method} would change nothing. {reasons or 'The model has no layer that it could compress.'}")
 
 
 def _parameters(module: nn.Module, name: str) -> list[nn.Parameter]:

@@ -12,7 +12,8 @@ from rich.console import Console
 from lightning_prune.callback.task import Task
 from lightning_prune.files import write_text
 from lightning_prune.structure.carrier import plan_of
-from lightning_prune.structure.plan import MaskWeight, Plan, Step
+from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.steps import MaskWeight, Step
 
 if TYPE_CHECKING:
     from lightning_prune.callback.compression import Compression

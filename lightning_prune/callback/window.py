@@ -10,23 +10,11 @@ at the latest in ``teardown``.
 import logging
 from typing import Any, Protocol
 
-from torch import nn
-
 from lightning_prune.callback.ranks import agree_on_shapes, spread
 from lightning_prune.checkpoint import rebuild
-from lightning_prune.errors import TrainerError
 from lightning_prune.structure.carrier import plan_in, plan_of
 
 log = logging.getLogger(__name__)
-
-# Names of strategies whose processes or shards cannot follow a change of structure, with the reason.
-REFUSED = {
-    "FSDPStrategy": "shards parameters before their new shapes are known",
-    "ModelParallelStrategy": "shards parameters before their new shapes are known",
-    "DeepSpeedStrategy": "owns parameters and optimizer itself",
-    "XLAStrategy": "forks processes that cannot hand the changed structure back",
-    "XLAFSDPStrategy": "forks processes that cannot hand the changed structure back",
-}
 
 
 class Actor(Protocol):
@@ -131,36 +119,3 @@ def refresh_averages(trainer: Any, module: Any) -> None:
         names = {kind.__name__ for kind in type(callback).__mro__}
         if names & {"WeightAveraging", "StochasticWeightAveraging"}:
             callback.setup(trainer, module, "fit")
-
-
-def check_compiled(module: nn.Module) -> None:
-    """Refuse modules wrapped by ``torch.compile``, whole or in part.
-
-    Raises:
-        TrainerError: With the remedy.
-    """
-    wrapped = [name for name, m in module.named_modules() if type(m).__name__ == "OptimizedModule"]
-    if wrapped or getattr(module, "_compiler_ctx", None) is not None:
-        what = f"Submodule {wrapped[0]!r} of {type(module).__name__}" if wrapped else type(module).__name__
-        raise TrainerError(
-            f"{what} is compiled by torch.compile, whose code knows the dense shapes. Compress it first, compile it after the fit."
-        )
-
-
-def check_strategy(trainer: Any) -> None:
-    """Refuse strategies that cannot follow a change of structure.
-
-    Raises:
-        TrainerError: With the reason and the remedy.
-    """
-    strategy = trainer.strategy
-    name = type(strategy).__name__
-    reason = REFUSED.get(name)
-    launcher = type(strategy.launcher).__name__ if strategy.launcher is not None else ""
-    if reason is None and "MultiProcessing" in launcher:
-        reason = "starts its processes by spawn or fork; the changed structure would be lost with them"
-    if reason is not None:
-        raise TrainerError(
-            f"Trainer(strategy=...) is {name}, which {reason}. Use strategy='ddp' (one script per process) or one device, "
-            "or compress before the fit with lightning_prune.compress."
-        )

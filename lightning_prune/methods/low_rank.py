@@ -31,9 +31,10 @@ from lightning_prune.structure.factorized import (
 )
 from lightning_prune.structure.layers import DenseLayer, is_plain
 from lightning_prune.structure.obstacles import obstacles
-from lightning_prune.structure.plan import Factorize, Plan
+from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.select import Pattern, select
 from lightning_prune.structure.spectrum import rank_for_energy, round_rank, spectrum
+from lightning_prune.structure.steps import Factorize
 
 Scheme = Literal["channel", "spatial"]
 

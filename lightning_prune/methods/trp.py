@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.callback import Compression, Task
-from lightning_prune.callback.compression import check_integer, nothing_to_change
+from lightning_prune.callback.checks import check_integer, nothing_to_change
 from lightning_prune.errors import OptionError
 from lightning_prune.methods.low_rank import (
     Candidate,

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structure.plan import MaskWeight, Plan
+from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.steps import MaskWeight
 
 
 class Masks:

@@ -60,14 +60,17 @@ class Clock(pl.Callback):
 def timed(callback):
     """Have every hook of ``callback`` note its seconds in ``callback.spent``, one entry per call."""
     callback.spent = {name: [] for name in HOOKS}
-    for name in HOOKS:
 
-        def run(*args, hook=getattr(callback, name), note=callback.spent[name], **kwargs):
+    def clocked(hook, note):
+        def run(*args, **kwargs):
             start = time.perf_counter()
             hook(*args, **kwargs)
             note.append(time.perf_counter() - start)
 
-        setattr(callback, name, run)
+        return run
+
+    for name in HOOKS:
+        setattr(callback, name, clocked(getattr(callback, name), callback.spent[name]))
     return callback
 
 

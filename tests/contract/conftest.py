@@ -25,6 +25,7 @@ def run_jobs(tmp_path_factory):
             env=env,
             capture_output=True,
             text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(path.with_suffix(".codes").read_text()), done.stdout + done.stderr

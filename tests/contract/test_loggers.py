@@ -26,7 +26,8 @@ from lightning_prune.flops import count_flops
 from lightning_prune.methods import LowRank
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.factorized import Factorized
-from lightning_prune.structure.plan import MaskWeight, Plan
+from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.steps import MaskWeight
 
 PLACE = "compression/"
 
@@ -65,7 +66,9 @@ def read_tensorboard(folder):
         (p.step, tag, p.value) for tag in tags["scalars"] if tag.startswith(PLACE) for p in events.Scalars(tag)
     )
     text = events.Tensors("compression/layers/text_summary")[-1].tensor_proto.string_val[0].decode()
-    pictures = [p.encoded_image_string for tag in tags["images"] for p in events.Images(tag)]
+    pictures = [
+        p.encoded_image_string for tag in tags["images"] for p in events.Images(tag) if tag == "compression/kept"
+    ]
     return SimpleNamespace(
         scalars=scalars, table=read_markdown(text), pictures=[_pixels(io.BytesIO(p)) for p in pictures]
     )

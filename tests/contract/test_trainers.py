@@ -25,7 +25,7 @@ from toys import NAMES, make
 from lightning_prune import load_from_checkpoint
 from lightning_prune.errors import ModelError, TrainerError
 from lightning_prune.structure.carrier import NAME, plan_of
-from lightning_prune.structure.plan import MaskWeight
+from lightning_prune.structure.steps import MaskWeight
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from lightning_prune.errors import ExportError, OptionError
 from lightning_prune.structure.carrier import attach
-from lightning_prune.structure.plan import Factorize, Origin, Plan
+from lightning_prune.structure.plan import Origin, Plan
+from lightning_prune.structure.steps import Factorize
 from tests.export.conftest import make_two_heads
 
 TOLERANCE = 1e-5

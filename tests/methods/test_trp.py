@@ -12,8 +12,8 @@ from lightning_prune import TRP
 from lightning_prune.methods.low_rank import Candidate
 from lightning_prune.methods.trp import project_
 from lightning_prune.structure.factorized import matrix_of
-from lightning_prune.structure.plan import Factorize
 from lightning_prune.structure.spectrum import spectrum
+from lightning_prune.structure.steps import Factorize
 
 LAYERS = ("net.0", "net.3", "net.8", "net.10")
 

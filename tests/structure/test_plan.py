@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_prune.errors import PlanError
 from lightning_prune.structure.carrier import KEY, attach, plan_in, plan_of
-from lightning_prune.structure.plan import Factorize, MaskWeight, Origin, Plan, Stage
+from lightning_prune.structure.plan import Origin, Plan, Stage
+from lightning_prune.structure.steps import Factorize, MaskWeight
 
 
 def network() -> nn.Sequential:
