@@ -342,7 +342,7 @@ def test_ctrl_c_tells_how_to_go_on(made, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background jobs inherit it ignored
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "training").exists() and time.monotonic() < deadline and process.poll() is None:
