@@ -27,7 +27,7 @@ from lightning_prune.callback.checks import (
     nothing_to_change,
 )
 from lightning_prune.callback.generators import random_state, set_random_state
-from lightning_prune.callback.ranks import agree, agree_on_shapes
+from lightning_prune.callback.ranks import agree, check_alike
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.window import Restore, Window
 from lightning_prune.errors import CheckpointError, TrainerError
@@ -137,6 +137,10 @@ class Compression(Callback):
         """Return the entry of this callback in a plan: which method, with which options."""
         return Stage(type(self).__name__, self.options())
 
+    def identity(self) -> str:
+        """Return method and options as text; ranks compare it."""
+        return f"{type(self).__name__}{json.dumps(self.options())}"
+
     @property
     def state_key(self) -> str:
         """Distinguishes two callbacks of one kind on different layers."""
@@ -238,7 +242,7 @@ class Compression(Callback):
         scores = self.score(task)
         plan = agree(trainer, lambda: self.decided(task, scores))
         compact_(module, plan, task.calls)
-        agree_on_shapes(trainer, module)
+        check_alike(trainer, module)
         if any(step.action != "mask" for step in plan.steps):
             task.probe.recalibrate(self.recalibrate_bn)
         self.plan, self._done = plan, True

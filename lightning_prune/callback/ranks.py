@@ -1,7 +1,7 @@
 """Agreement between ranks: rank 0 decides, the others are told, and every rank checks that it has what rank 0 has."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,13 @@ def agree(trainer: Any, decide: Callable[[], Plan]) -> Plan:
     return Plan.from_json(text)
 
 
-def agree_on_shapes(trainer: Any, module: nn.Module) -> None:
-    """Check that every rank holds the same plan and the same shapes.
+def check_alike(trainer: Any, module: nn.Module, options: Sequence[str] = ()) -> None:
+    """Check that every rank holds the same plan, the same shapes and the same options.
+
+    Args:
+        trainer: The Trainer, its process group alive where there are several ranks.
+        module: The model.
+        options: What else must be alike, as text.
 
     Raises:
         TrainerError: On every rank, if one differs.
@@ -46,16 +51,21 @@ def agree_on_shapes(trainer: Any, module: nn.Module) -> None:
     if trainer.world_size == 1:
         return
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    text = plan_of(module).digest + repr([(name, tuple(t.shape), t.dtype) for name, t in tensors])
-    mine = torch.tensor(
-        list(hashlib.sha256(text.encode()).digest()), dtype=torch.int64, device=trainer.strategy.root_device
-    )
-    everyone = trainer.strategy.all_gather(mine)
-    wrong = [rank for rank, row in enumerate(everyone) if not torch.equal(row, everyone[0])]
-    if wrong:
-        raise TrainerError(
-            f"Rank {wrong[0]} holds another structure than rank 0. Every rank must construct the same model."
-        )
+    structure = plan_of(module).digest + repr([(name, tuple(t.shape), t.dtype) for name, t in tensors])
+    for what, text, remedy in (
+        ("structure", structure, "Every rank must construct the same model."),
+        (
+            "set of compressing callbacks or options",
+            repr(list(options)),
+            "Configure the callbacks alike on every rank.",
+        ),
+    ):
+        digest = hashlib.sha256(text.encode()).digest()
+        mine = torch.tensor(list(digest), dtype=torch.int64, device=trainer.strategy.root_device)
+        everyone = trainer.strategy.all_gather(mine)
+        wrong = [rank for rank, row in enumerate(everyone) if not torch.equal(row, everyone[0])]
+        if wrong:
+            raise TrainerError(f"Rank {wrong[0]} holds another {what} than rank 0. {remedy}")
 
 
 def spread(module: nn.Module) -> None:

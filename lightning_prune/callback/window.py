@@ -10,7 +10,7 @@ at the latest in ``teardown``.
 import logging
 from typing import Any, Protocol
 
-from lightning_prune.callback.ranks import agree_on_shapes, spread
+from lightning_prune.callback.ranks import check_alike, spread
 from lightning_prune.checkpoint import rebuild
 from lightning_prune.structure.carrier import plan_in, plan_of
 
@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 class Actor(Protocol):
     """What a compressing callback does in the window."""
+
+    def identity(self) -> str:
+        """Return method and options as text."""
 
     def stake(self, trainer: Any, module: Any) -> None:
         """Claim layers, before any callback has changed one; raise if another has claimed the same."""
@@ -60,7 +63,7 @@ class Window:
         trainer, module = self.trainer, self.trainer.lightning_module
         module.to(trainer.strategy.root_device)
         if trainer.world_size > 1:
-            agree_on_shapes(trainer, module)
+            check_alike(trainer, module, [callback.identity() for callback in self.callbacks])
             spread(module)
         trainer.fit_loop.setup_data()
         for callback in self.callbacks:

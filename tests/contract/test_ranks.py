@@ -102,6 +102,13 @@ def test_ranks_that_construct_different_models_are_told_on_every_rank(run_jobs, 
     assert text.count("Rank 1 holds another structure than rank 0") >= 2
 
 
+@pytest.mark.parametrize("method", NAMES)
+def test_ranks_that_are_configured_differently_are_told_on_every_rank(run_jobs, tmp_path, method):
+    codes, text = run_jobs(ranks(tmp_path, method=method, call="fit_with_another_option_on_rank_1"))
+    assert all(code not in (0, -9) for code in codes), text
+    assert text.count("Rank 1 holds another set of compressing callbacks or options than rank 0") >= 2
+
+
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 @pytest.mark.parametrize("method", NAMES)
 def test_spawn_and_fork_are_refused_with_the_remedy(method, strategy, tmp_path):

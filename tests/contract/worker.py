@@ -71,6 +71,7 @@ def fit(
     batch_size: int = 16,
     interleave: int = 0,
     model: Any = None,
+    method_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
     """Fit, perhaps to be killed; write what came out to ``out``.
@@ -85,7 +86,7 @@ def fit(
     run = trainer(
         folder,
         max_epochs=epochs,
-        callbacks=[make(method), killer, saver],
+        callbacks=[make(method, **(method_options or {})), killer, saver],
         enable_checkpointing=True,
         logger=Lines(Path(folder) / "lines.jsonl"),
         **options,
@@ -107,6 +108,12 @@ def fit_of_another_width_on_rank_1(**arguments: Any) -> None:
     if os.environ["RANK"] == "1":
         model.net[10] = torch.nn.Linear(32, 5)
     fit(model=model, **arguments)
+
+
+def fit_with_another_option_on_rank_1(method: str, **arguments: Any) -> None:
+    """Fit with a callback that is configured otherwise on rank 1."""
+    option = {"ToyMask": {"sparsity": 0.4}}.get(method, {"exclude": "net.10"})
+    fit(method=method, method_options=option if os.environ["RANK"] == "1" else None, **arguments)
 
 
 def main(path: Path) -> None:
