@@ -40,6 +40,7 @@ from lightning_prune.structure.plan import Plan
 logger = logging.getLogger(__name__)
 
 ONE_FILE_BYTES = 2**31 - 2**20  # protobuf's bound of 2 GiB, less what the graph itself takes
+OLDEST_OPSET = 17  # the exporter writes 18 and converts; some models come down to 17
 _MIN_EXTERNAL_BYTES = 1024
 _ALIGNMENT = 64
 _OTHER_BATCH = 5
@@ -74,6 +75,22 @@ class ExportedFile:
     numbers: int
     flops: float | None
     difference: float | None
+
+
+def check_opset(opset: object) -> None:
+    """Check that there is such a version of the operator set.
+
+    Args:
+        opset: The version, or None for the exporter's default.
+
+    Raises:
+        OptionError: If it is no integer, older than any that the exporter writes, or newer than the installed onnx knows.
+    """
+    newest = need("onnx", "Exporting to ONNX").defs.onnx_opset_version()
+    if opset is not None and (type(opset) is not int or not OLDEST_OPSET <= opset <= newest):
+        raise OptionError(
+            f"opset is a whole number from {OLDEST_OPSET} to {newest}, such as 18, or None; got {opset!r}."
+        )
 
 
 def export_onnx(
@@ -111,8 +128,7 @@ def export_onnx(
         OptionError: If an argument is of the wrong type, or ``path`` cannot be written.
         RuntimeMissingError: If onnx or onnxscript is not installed.
     """
-    if opset is not None and (type(opset) is not int or opset < 1):
-        raise OptionError(f"opset is a whole number such as 18, or None; got {opset!r}.")
+    check_opset(opset)
     call = read_inputs(model, example_inputs)
     twin = cpu_twin(model)
     call = call.map(lambda tensor: tensor.detach().cpu().clone())

@@ -147,10 +147,9 @@ def _broken(seen: Seen, values: Mapping[str, float], file: OnnxFile, judged: boo
     failures += [
         f"the metric of the {name} model is {value}" for name, value in values.items() if not math.isfinite(value)
     ]
-    if not judged and file.unchanged is False:
-        failures.append(
-            "the file was changed after its export, and no torch model was given to judge its outputs: give model"
-        )
+    if not judged and not file.unchanged:
+        what = "was changed after its export" if file.unchanged is False else "does not say what was exported"
+        failures.append(f"the file {what}, and no torch model was given to judge its outputs: give model")
     return failures
 
 

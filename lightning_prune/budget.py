@@ -169,7 +169,7 @@ def _cannot_be_met(ladders: Mapping[str, Sequence[Choice]], bound: int, fixed: i
     others = f" and {len(binding) - _NAMED} more" if len(binding) > _NAMED else ""
     share = math.ceil(least / dense * 1e4) / 1e4
     return BudgetError(
-        f"{name}: at most {bound:,} asked for, but {least:,} is the least that can be reached ({share} of the dense "
-        f"{dense:,}). Bound by {', '.join(shown) or 'no layer at all'}{others}, each at its smallest, and {fixed:,} "
-        f"outside of the layers chosen. Raise {name}, lower align, or include more layers."
+        f"{name}: at most {bound:,} asked for, but {least:,} is the least that can be reached ({share} of the "
+        f"{dense:,} that the model has now). Bound by {', '.join(shown) or 'no layer at all'}{others}, each at its smallest, and {fixed:,} "
+        f"outside of the layers chosen, factorized ones among it. Raise {name}, lower align, or include more layers."
     )

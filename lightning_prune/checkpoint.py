@@ -56,7 +56,9 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise CheckpointError(f"Checkpoint {str(file)!r} is truncated or no checkpoint: {reason}.") from error
+        raise CheckpointError(
+            f"Checkpoint {str(file)!r} is truncated or no checkpoint: {reason}. Save or copy it again."
+        ) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"Checkpoint {str(file)!r} holds {type(data).__name__}, not a dict of tensors.")
     if "state_dict" not in data and all(isinstance(value, Tensor) for value in data.values()):
@@ -92,7 +94,10 @@ def load_from_checkpoint(
         PlanError: If the plan is for another model; the message names the first module that differs.
     """
     checkpoint = read_checkpoint(path, map_location)
-    plan = plan_in(checkpoint["state_dict"])
+    try:
+        plan = plan_in(checkpoint["state_dict"])
+    except PlanError as error:
+        raise PlanError(f"Checkpoint {str(path)!r}: {error} Save it again.") from error
     if plan is None and require_plan:
         raise CheckpointError(
             f"Checkpoint {str(path)!r} carries no plan: its model is dense. Load it with {cls.__name__}.load_from_checkpoint, "

@@ -17,17 +17,18 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     name is that of ``path``, for writers that look at it.
 
     Args:
-        path: Final name. Its folder is made if it is missing.
+        path: Final name; of a link, the file that it leads to. Its folder is made if it is missing.
 
     Yields:
         The path to write to; the block must leave a file there.
 
     Raises:
-        OptionError: If the folder cannot be written, ``path`` is a folder, or the disk is full.
+        OptionError: If the folder cannot be written, ``path`` is a folder or a device, or the disk is full.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise OptionError(f"Cannot write {str(target)!r}: it is a folder. Give the name of a file.")
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "no regular file but a device, pipe or socket"
+        raise OptionError(f"Cannot write {os.fspath(path)!r}: it is {kind}. Give the name of a file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)

@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -25,6 +25,13 @@ from lightning_prune.structure.calls import Call, as_calls
 from lightning_prune.structure.preserve import preserved
 
 log = logging.getLogger(__name__)
+FOREIGN = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+)  # what running a user's code outside of a fit may raise
 
 
 class Probe:
@@ -173,19 +180,44 @@ class Probe:
             raise ModelError(f"training_step called no submodule that holds parameters. {remedy}")
         return calls
 
-    def recalibrate(self, count: int) -> int:
+    def recalibrate(self, count: int, calls: Sequence[Call] = ()) -> int:
         """Estimate the running statistics of batch normalization anew, as the mean over ``count`` batches and all ranks.
 
-        Layers that the user froze (in eval mode while the model is in train mode) keep theirs. Returns how many layers changed.
+        Layers that the user froze (in eval mode while the model is in train mode) keep theirs. Batches go through the training step; with manual
+        optimization, where that would need optimizers, through ``forward``, whose arguments are then the first entries of a batch.
+
+        Args:
+            count: Batches to look at; 0 does nothing.
+            calls: Example calls, for manual optimization.
+
+        Returns:
+            How many layers changed. If the user's code cannot be run here, none does, and a warning says why.
         """
         frozen = {id(m) for m in self.model.modules() if not m.training} if self.model.training else set()
-        norms = [
-            m
-            for m in self.model.modules()
-            if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in frozen
-        ]
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        norms = [norm for norm in norms if id(norm) not in frozen]
         if not norms or count < 1:
             return 0
+        try:
+            found = self._statistics(norms, count, calls)
+        except FOREIGN as error:
+            log.warning(
+                "The statistics of batch normalization are left as they are: %s cannot be run here (%s: %s). Recalibrate by a validation-free "
+                "epoch of training, or pass recalibrate_bn=0 to say that this is wanted.",
+                type(self.model).__name__,
+                type(error).__name__,
+                error,
+            )
+            return 0
+        for norm, buffers in zip(norms, found, strict=True):
+            for name, value in buffers.items():
+                if buffers["num_batches_tracked"] > 0:  # a layer that this data never reaches keeps what it had
+                    norm.get_buffer(name).copy_(value)
+        return len(norms)
+
+    def _statistics(self, norms: Sequence[_BatchNorm], count: int, calls: Sequence[Call]) -> list[dict[str, Tensor]]:
+        """Return the buffers that each layer has after ``count`` batches, averaged over ranks; put everything back."""
+        manual = not getattr(self.model, "automatic_optimization", True)
         momenta = [norm.momentum for norm in norms]
         with self.quiet(mode="eval"), torch.no_grad():
             for norm in norms:
@@ -194,22 +226,17 @@ class Probe:
                 norm.train()
             try:
                 for index, batch in enumerate(self.batches(count, "Recalibrating batch normalization")):
-                    self._step(batch, index)
-                found = [
-                    {
-                        name: self._mean(b.clone()) if b.is_floating_point() else b.clone()
-                        for name, b in norm.named_buffers()
-                    }
-                    for norm in norms
-                ]
+                    if manual:
+                        _matching(batch, calls).run(self.model)
+                    else:
+                        self._step(batch, index)
+                return [{name: self._averaged(b) for name, b in norm.named_buffers()} for norm in norms]
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):
                     norm.momentum = momentum
-        for norm, buffers in zip(norms, found, strict=True):
-            for name, value in buffers.items():
-                if buffers["num_batches_tracked"] > 0:  # a layer that this data never reaches keeps what it had
-                    norm.get_buffer(name).copy_(value)
-        return len(norms)
+
+    def _averaged(self, buffer: Tensor) -> Tensor:
+        return self._mean(buffer.clone()) if buffer.is_floating_point() else buffer.clone()
 
     def _observe(self) -> tuple[Call, ...]:
         calls: list[Call] = []
@@ -287,6 +314,21 @@ def _plain(module: nn.Module) -> dict[str, Any]:
         for key, value in module.__dict__.items()
         if key not in held and not key.endswith("_hooks") and not callable(value)
     }
+
+
+def _matching(batch: Any, calls: Sequence[Call]) -> Call:
+    """Return the call of ``forward`` with the entries of a batch in the place of the example inputs.
+
+    Raises:
+        TypeError: If the batch does not have them.
+    """
+    if len(calls) != 1 or calls[0].module:
+        raise TypeError("with manual optimization, batches can only go through the model's own forward")
+    example = calls[0]
+    if example.kwargs:
+        return Call("", kwargs={name: batch[name] for name in example.kwargs})
+    entries = batch if isinstance(batch, tuple | list) else (batch,)
+    return Call("", tuple(entries[: len(example.args)]))
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -216,10 +216,9 @@ def test_require_gpu_without_one_is_exit_code_2(here, capfd):
 def test_an_impossible_budget_names_the_layers(here, capfd, tmp_path):
     words = ["run", "r.yaml", "--stages.1.methods.0", "LowRank: {params: 0.01}", "--output", str(tmp_path / "run")]
     assert main(words) == 2
-    line = capfd.readouterr().err.splitlines()[-1]
+    (line,) = capfd.readouterr().err.splitlines()
     assert "first" in line
-    assert "Traceback" not in line
-    assert json.loads((tmp_path / "run" / "state.json").read_text())["done"] == ["dense"]
+    assert not (tmp_path / "run").exists()  # known from the layers' shapes, before anything is trained
 
 
 def test_run_writes_checkpoints_files_and_a_report_with_the_recipe(made):

@@ -474,3 +474,19 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
         plugin.save_checkpoint({"a": torch.ones(3)}, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("stages.1.methods.0.TRP.flops", "0.0001"), r"stages\.1\.methods: flops: at most .* asked for"),
+        (("stages.1.methods.0.TRP.include", "nosuch"), r"stages\.1\.methods: include='nosuch' matches no layer"),
+        (("stages.1.methods", "[{TRP: {flops: 0.5}}, {LowRank: {flops: 0.5}}]"), "would both compress layer"),
+        (("export.opset", "99"), r"opset is a whole number from 17 to"),
+    ],
+)
+def test_what_can_be_known_before_training_is_refused_before_training(change, message, tmp_path):
+    recipe = recipes.load("digits-trp.yaml", [change])
+    with pytest.raises(OptionError, match=message):
+        recipes.run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
 """What a fit refuses, with the reason and the remedy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,9 +23,13 @@ def check_compiled(module: nn.Module) -> None:
     Raises:
         TrainerError: With the remedy.
     """
-    wrapped = [name for name, m in module.named_modules() if type(m).__name__ == "OptimizedModule"]
+    wrapped = [
+        name
+        for name, m in module.named_modules()
+        if type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
+    ]
     if wrapped or getattr(module, "_compiler_ctx", None) is not None:
-        what = f"Submodule {wrapped[0]!r} of {type(module).__name__}" if wrapped else type(module).__name__
+        what = f"Submodule {wrapped[0]!r} of {type(module).__name__}" if any(wrapped) else type(module).__name__
         raise TrainerError(
             f"{what} is compiled by torch.compile, whose code knows the dense shapes. Compress it first, compile it after the fit."
         )
@@ -76,6 +80,26 @@ def check_optimizers(trainer: Any, module: nn.Module, method: str, created: Sequ
             f"Parameter {missing[0]!r}, made by {method}, is trainable but in no optimizer. Give self.parameters() "
             "to the optimizer, or freeze the layer before the fit."
         )
+
+
+def check_claims(method: object, names: Iterable[str], claims: MutableMapping[str, Any]) -> None:
+    """Check that nobody has claimed the same layer, and enter the claims.
+
+    Args:
+        method: The callback that claims.
+        names: The layers it would change.
+        claims: Who has claimed what, by layer; added to.
+
+    Raises:
+        TrainerError: If a layer is claimed twice; names it.
+    """
+    for name in sorted(names):
+        if name in claims:
+            raise TrainerError(
+                f"{type(method).__name__} and {type(claims[name]).__name__} would both compress layer {name!r}. Give each its own layers with "
+                "include= and exclude=, or compress in two fits."
+            )
+        claims[name] = method
 
 
 def check_integer(owner: object, name: str, minimum: int) -> None:

@@ -11,7 +11,7 @@ does the rest:
 import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from lightning_prune._lightning import Callback
 from lightning_prune.callback import loggers
 from lightning_prune.callback.checks import (
+    check_claims,
     check_compiled,
     check_integer,
     check_optimizers,
@@ -29,8 +30,8 @@ from lightning_prune.callback.checks import (
 from lightning_prune.callback.generators import random_state, set_random_state
 from lightning_prune.callback.ranks import agree, check_alike
 from lightning_prune.callback.task import Task
-from lightning_prune.callback.window import Restore, Window
-from lightning_prune.errors import CheckpointError, TrainerError
+from lightning_prune.callback.window import Restore, Window, refresh_averages
+from lightning_prune.errors import CheckpointError
 from lightning_prune.probe import Probe
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.masks import Masks
@@ -81,11 +82,14 @@ class Compression(Callback):
     def reset(self) -> None:
         """Forget the fit before this one; ``plan`` stays."""
         self.steps = 0
+        self._position = 0.0  # epochs trained so far, by batches
+        self._acted = False
         self._origin: Origin | None = None
         self._claimed: frozenset[str] = frozenset()
         self._done = False
         self._random: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None
+        self._rates: list[dict[str, Any]] = []
         self._handles: list[Any] = []
         self._created: list[nn.Parameter] = []
         self._result: Task | None = None
@@ -107,6 +111,10 @@ class Compression(Callback):
         """Return why the target is already met, in words, or None."""
         stage = self.stage()
         return f"the plan already holds {stage.method} with the same options" if stage in task.plan.stages else None
+
+    def rehearse(self, task: Task) -> None:
+        """Raise what can be known before training: patterns that match nothing, budgets that cannot be met."""
+        self.claim(task.model)
 
     def begin(self, task: Task) -> None:
         """Prepare a gradual method, in the window; also on resume."""
@@ -152,6 +160,8 @@ class Compression(Callback):
         return {
             "options": json.dumps(self.options()),
             "steps": self.steps,
+            "position": self._position,
+            "acted": self._acted,
             "done": self._done,
             "plan": Plan(self.plan.steps, self.plan.left_alone, self._origin, self.plan.stages).to_json(),
             "random": random_state(),
@@ -172,6 +182,7 @@ class Compression(Callback):
             )
         plan = Plan.from_json(state["plan"])
         self.plan, self._origin = plan, plan.origin
+        self._position, self._acted = float(state["position"]), bool(state["acted"])
         self.steps, self._done, self._random = int(state["steps"]), bool(state["done"]), state["random"]
 
     # The fit --------------------------------------------------------------------------------------------------------------------
@@ -200,15 +211,9 @@ class Compression(Callback):
             TrainerError: If a callback before this one has claimed the same layer.
         """
         self._claimed = frozenset(self.claim(module))
-        for other in trainer.callbacks:
-            if other is self:
-                return
-            if isinstance(other, Compression) and other._claimed & self._claimed:
-                name = sorted(other._claimed & self._claimed)[0]
-                raise TrainerError(
-                    f"{type(self).__name__} and {type(other).__name__} would both compress layer {name!r}. Give each its own layers with "
-                    "include= and exclude=, or compress in two fits."
-                )
+        others = trainer.callbacks[: trainer.callbacks.index(self)]
+        before = {name: cb for cb in others if isinstance(cb, Compression) for name in cb._claimed}
+        check_claims(self, self._claimed, before)
 
     def act(self, trainer: Any, module: Any) -> bool:
         """Compress in the window, or prepare to do so gradually; return whether the structure changed."""
@@ -220,7 +225,8 @@ class Compression(Callback):
         if reason is not None:
             log.info("%s: nothing to do, %s. This fit fine-tunes.", type(self).__name__, reason)
             self._done, self._result = True, task
-            self.plan = self.plan or task.plan
+            if not self.plan or any(step not in task.plan.steps for step in self.plan.steps):
+                self.plan = task.plan
             return False
         self._done = False
         if self.gradual:
@@ -231,11 +237,11 @@ class Compression(Callback):
         self._created = [p for p in module.parameters() if p not in before]
         if resumed is not None and self._created and resumed.get("optimizer_states"):
             log.warning(
-                "%s: the optimizer states of the checkpoint belong to the dense model and are dropped.",
+                "%s: the optimizer states of the checkpoint belong to the dense model and are dropped; learning rates are kept.",
                 type(self).__name__,
             )
-            resumed["optimizer_states"] = []
-        return bool(self._created)
+            self._rates, resumed["optimizer_states"] = resumed["optimizer_states"], []
+        return True
 
     def _shrink(self, trainer: Any, module: Any, task: Task) -> None:
         """Decide, change the model, prove it, recalibrate, and tell."""
@@ -244,7 +250,7 @@ class Compression(Callback):
         compact_(module, plan, task.calls)
         check_alike(trainer, module)
         if any(step.action != "mask" for step in plan.steps):
-            task.probe.recalibrate(self.recalibrate_bn)
+            task.probe.recalibrate(self.recalibrate_bn, task.calls)
         self.plan, self._done = plan, True
         self._result = Task.of(module, task.probe, task.calls)
 
@@ -257,7 +263,10 @@ class Compression(Callback):
         plan = self.decide(task, scores)
         if not plan.steps:
             raise nothing_to_change(type(self).__name__, plan.left_alone)
-        return Plan(plan.steps, plan.left_alone, task.origin, (self.stage(),))
+        stage = self.stage()
+        if task.progress < 1:
+            stage = Stage(stage.method, {**stage.options, "progress": task.progress})
+        return Plan(plan.steps, plan.left_alone, task.origin, (stage,))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the optimizers, let masks hold from now on, log where we start.
@@ -266,6 +275,7 @@ class Compression(Callback):
             TrainerError: If an optimizer holds parameters that are not in the model, or lacks those that compression created.
         """
         check_optimizers(trainer, pl_module, type(self).__name__, self._created)
+        keep_rates(trainer.optimizers, self._rates)
         masks = Masks(pl_module, plan_of(pl_module))
         owners = self._owners(trainer, pl_module)
 
@@ -273,9 +283,10 @@ class Compression(Callback):
             if optimizer is owners[0]:
                 self.steps += 1
             masks.apply_(optimizer)
-            self.on_stepped(trainer, pl_module, optimizer)
+            if optimizer in owners:
+                self.on_stepped(trainer, pl_module, optimizer)
 
-        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in owners]
+        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in trainer.optimizers]
         if self._result is not None:
             loggers.tell_scalars(trainer, loggers.cost_facts(self._result))
 
@@ -297,12 +308,21 @@ class Compression(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Let a gradual method act on the weights before an optimizer step begins."""
-        if self.gradual and not self._done and trainer.current_epoch >= self.start_epoch:
+        self._position = _position(trainer, batch_idx)
+        if self._acts(trainer):
+            self._acted = True
             self.on_step_begin(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note how far the fit has come."""
+        self._position = _position(trainer, batch_idx + 1)
+
+    def _acts(self, trainer: Any) -> bool:
+        return self.gradual and not self._done and trainer.current_epoch >= self.start_epoch
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Let a gradual method act on the gradients."""
-        if self.gradual and not self._done and trainer.current_epoch >= self.start_epoch:
+        if self._acts(trainer):
             self.on_gradients(trainer, pl_module, optimizer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -312,7 +332,7 @@ class Compression(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Shrink what was compressed gradually; drop optimizer states that no longer fit."""
-        if self.gradual and not self._done and self.steps:
+        if self.gradual and not self._done:
             self._close(trainer, pl_module)
         if self._result is not None:
             loggers.tell_scalars(trainer, loggers.cost_facts(self._result) | loggers.layer_facts(self.plan))
@@ -321,10 +341,23 @@ class Compression(Callback):
 
     def _close(self, trainer: Any, pl_module: Any) -> None:
         """Shrink after a gradual fit."""
+        if not self._acted:
+            log.warning(
+                "%s: the fit ended without a step from start_epoch=%d on; nothing was compressed, the model is as dense as before.",
+                type(self).__name__,
+                self.start_epoch,
+            )
+            return
         device = next(pl_module.parameters()).device
         pl_module.to(trainer.strategy.root_device)
-        task = Task.of(pl_module, Probe.of_trainer(trainer, pl_module), progress=self.progress(trainer))
+        task = Task.of(pl_module, Probe.of_trainer(trainer, pl_module), progress=self.progress())
+        reason = self.met(task)
+        if reason is not None:
+            log.info("%s: nothing to do, %s.", type(self).__name__, reason)
+            pl_module.to(device)
+            return
         self._shrink(trainer, pl_module, task)
+        refresh_averages(trainer, pl_module)
         if task.progress < 1 and self._result is not None:
             log.warning(
                 "%s: the fit ended before until_epoch=%s, at %.0f %% of the schedule. Asked for %s; %s.",
@@ -365,14 +398,30 @@ class Compression(Callback):
         """Let go of modules and tensors of the fit that has ended."""
         self._result = None
 
-    def progress(self, trainer: Any) -> float:
+    def progress(self) -> float:
         """Return how far the schedule has come: 0 at ``start_epoch``, 1 from ``until_epoch`` on, by batches in between."""
         if self.until_epoch is None or self.until_epoch <= self.start_epoch:
             return 1.0
-        batches = trainer.num_training_batches
-        seen = trainer.fit_loop.epoch_loop.batch_idx / batches if isinstance(batches, int) and batches else 0.0
-        epoch = trainer.current_epoch + (max(0.0, seen) if trainer.training else 0.0)
-        return min(1.0, max(0.0, float(epoch - self.start_epoch) / (self.until_epoch - self.start_epoch)))
+        return min(1.0, max(0.0, (self._position - self.start_epoch) / (self.until_epoch - self.start_epoch)))
+
+
+def keep_rates(optimizers: Sequence[torch.optim.Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
+    """Give fresh optimizers the learning rates of a checkpoint whose states they cannot take.
+
+    Args:
+        optimizers: The optimizers of the compact model.
+        states: Their states in the checkpoint of the dense one; others than as many are left.
+    """
+    for optimizer, state in zip(optimizers, states, strict=False):
+        if len(state["param_groups"]) == len(optimizer.param_groups):
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group["lr"] = saved["lr"]
+
+
+def _position(trainer: Any, batches: int) -> float:
+    """Return how many epochs have been trained when ``batches`` of the current one have."""
+    total = trainer.num_training_batches
+    return float(trainer.current_epoch) + (batches / total if isinstance(total, int) and total else 0.0)
 
 
 def _parameters(module: nn.Module, name: str) -> list[nn.Parameter]:

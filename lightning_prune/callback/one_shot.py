@@ -1,14 +1,15 @@
-"""Compression without a Trainer."""
+"""Compression without a Trainer, and what can be known before there is one."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_prune.callback.checks import check_claims
 from lightning_prune.callback.compression import Compression
 from lightning_prune.callback.task import Task
-from lightning_prune.errors import OptionError
+from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.probe import Probe
 from lightning_prune.structure.calls import as_calls
 from lightning_prune.structure.carrier import plan_of
@@ -46,7 +47,12 @@ def compress(
         raise OptionError(
             f"{type(method).__name__} acts while a model trains. Put it into Trainer(callbacks=[...]) and fit."
         )
-    small = copy.deepcopy(model)
+    try:
+        small = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {error}. Remove what stands in the way, such as torch.nn.utils.weight_norm of the old kind."
+        ) from error
     task = Task.of(small, Probe.of_data(small, data, loss), as_calls(example_inputs))
     method.claim(small)
     if method.met(task) is None:
@@ -55,3 +61,25 @@ def compress(
         if data is not None:
             task.probe.recalibrate(method.recalibrate_bn)
     return small, plan_of(small)
+
+
+def rehearse(model: nn.Module, methods: Sequence[Compression]) -> None:
+    """Have callbacks look at a model that they shall compress, before anything is trained; the model is left as it is.
+
+    Args:
+        model: The dense model. Budgets are checked only if it has an ``example_input_array`` that it runs on.
+        methods: The callbacks of one fit.
+
+    Raises:
+        OptionError: If a pattern matches no layer, or a count exceeds what the model has.
+        TrainerError: If two callbacks would compress the same layer.
+        BudgetError: If a budget cannot be met.
+    """
+    claims: dict[str, Compression] = {}
+    for method in methods:
+        check_claims(method, method.claim(model), claims)
+    if getattr(model, "example_input_array", None) is None:
+        return
+    task = Task.of(model, Probe.of_data(model, None, None))
+    for method in methods:
+        method.rehearse(task)

@@ -8,6 +8,7 @@ at the latest in ``teardown``.
 """
 
 import logging
+import types
 from typing import Any, Protocol
 
 from lightning_prune.callback.ranks import check_alike, spread
@@ -86,6 +87,11 @@ class Restore:
         self.trainer = trainer
         self.module = module
         self._original = module.on_load_checkpoint
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Give a copy of the module its own hook back: averaging callbacks copy the module while we stand ready."""
+        module = memo.get(id(self.module))
+        return self._original if module is None else types.MethodType(type(module).on_load_checkpoint, module)
 
     @classmethod
     def arm(cls, trainer: Any, module: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune.budget import allocate, rank_choices, resolve_bound
 from lightning_prune.callback import Compression, Task
-from lightning_prune.errors import OptionError
+from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.structure.factorized import (
     Factorized,
     Kind,
@@ -33,7 +33,7 @@ from lightning_prune.structure.layers import DenseLayer, is_plain
 from lightning_prune.structure.obstacles import obstacles
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.select import Pattern, select
-from lightning_prune.structure.spectrum import rank_for_energy, round_rank, spectrum
+from lightning_prune.structure.spectrum import Spectrum, rank_for_energy, round_rank, spectrum
 from lightning_prune.structure.steps import Factorize
 
 Scheme = Literal["channel", "spatial"]
@@ -134,15 +134,16 @@ def find_candidates(
     Raises:
         OptionError: If a pattern matches no layer.
     """
-    inside = {
-        f"{name}.{part}"
-        for name, m in model.named_modules()
-        if isinstance(m, Factorized)
-        for part in ("first", "second")
-    }
+    done = {name: m.second for name, m in model.named_modules() if isinstance(m, Factorized)}
+    inside = {f"{name}.{part}" for name in done for part in ("first", "second")}
     reasons = obstacles(model)
-    layers = {name: m for name, m in model.named_modules() if name not in inside and (is_plain(m) or name in reasons)}
-    chosen = select(layers, include, exclude) if layers else {}
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name in done:
+            layers[name] = done[name]  # patterns still know it by its name and type
+        elif name not in inside and (is_plain(module) or name in reasons):
+            layers[name] = module
+    chosen = {name: m for name, m in select(layers, include, exclude).items() if name not in done} if layers else {}
     found, alone = {}, {}
     for name, layer in chosen.items():
         if name in reasons or not is_plain(layer):
@@ -154,6 +155,25 @@ def find_candidates(
         else:
             found[name] = Candidate(layer, kind_for(layer, scheme), (shapes or {}).get(name, ()))
     return found, alone
+
+
+def spectra_of(candidates: Mapping[str, Candidate], energy: float | None) -> dict[str, Spectrum]:
+    """Decompose the weights of several layers.
+
+    Args:
+        candidates: Layers by name.
+        energy: The share of lost energy that will be judged, if that is the target.
+
+    Raises:
+        ModelError: If the weights of a layer are not finite; names the layer.
+    """
+    found = {}
+    for name, candidate in candidates.items():
+        try:
+            found[name] = spectrum(candidate.matrix(), energy)
+        except ModelError as error:
+            raise ModelError(f"Layer {name!r}: {error}") from error
+    return found
 
 
 def choose_ranks(
@@ -278,6 +298,16 @@ class LowRank(Compression):
         """Return why the target is already met, in words, or None."""
         return super().met(task) or self.target.met(task)
 
+    def rehearse(self, task: Task) -> None:
+        """Check patterns and budget on the model as it stands.
+
+        Raises:
+            OptionError: If a pattern matches no layer.
+            BudgetError: If the budget cannot be met.
+        """
+        if self.met(task) is None and self.target.bounded is not None:
+            self.decide(task, None)
+
     def decide(self, task: Task, scores: Any) -> Plan:
         """Choose the ranks from the spectra of the weights.
 
@@ -285,7 +315,7 @@ class LowRank(Compression):
             BudgetError: If the budget cannot be met.
         """
         candidates, alone = find_candidates(task.model, self.scheme, self.include, self.exclude, task.cost.shapes)
-        spectra = {name: spectrum(c.matrix(), self.energy).values for name, c in candidates.items()}
+        spectra = {name: found.values for name, found in spectra_of(candidates, self.energy).items()}
         ranks, dense = choose_ranks(task, candidates, spectra, self.target)
         return Plan(factorize_steps(candidates, ranks), alone | dense)
 

@@ -29,6 +29,7 @@ from lightning_prune.methods.low_rank import (
     choose_ranks,
     factorize_steps,
     find_candidates,
+    spectra_of,
 )
 from lightning_prune.structure.factorized import weight_of
 from lightning_prune.structure.plan import Plan
@@ -126,6 +127,7 @@ class TRP(Compression):
         self._candidates: dict[str, Candidate] = {}
         self._directions: dict[str, Tensor] = {}
         self._projected_at: int | None = None
+        self._fresh = False
 
     def release(self) -> None:
         """Let go of the layers."""
@@ -145,6 +147,18 @@ class TRP(Compression):
         """Return why the target is already met, in words, or None."""
         return super().met(task) or self.target.met(task)
 
+    def rehearse(self, task: Task) -> None:
+        """Check patterns and budget on the model as it stands.
+
+        Raises:
+            OptionError: If a pattern matches no layer.
+            ModelError: If there is no layer to factorize.
+            BudgetError: If the budget cannot be met.
+        """
+        if self.met(task) is None:
+            self.begin(task)
+        self.release()
+
     def begin(self, task: Task) -> None:
         """Find the layers, and check before training that the target can be met.
 
@@ -156,6 +170,8 @@ class TRP(Compression):
         self._candidates, alone = find_candidates(task.model, self.scheme, self.include, self.exclude, task.cost.shapes)
         if not self._candidates:
             raise nothing_to_change("TRP", alone)
+        kept = {name: direction for name, direction in self._directions.items() if name in self._candidates}
+        self._directions = {name: d.to(self._candidates[name].layer.weight) for name, d in kept.items()}
         if self.energy is None:
             choose_ranks(
                 task,
@@ -167,17 +183,19 @@ class TRP(Compression):
     def on_step_begin(self, trainer: Any, module: Any) -> None:
         """Project, if ``every_n_steps`` optimizer steps have passed since the last time."""
         due = self._projected_at is None or self.steps - self._projected_at >= self.every_n_steps
+        self._fresh = due or self.steps == self._projected_at
         if not due:
             return
         self._projected_at = self.steps
         if trainer.is_global_zero:
-            self._project(self.progress(trainer))
+            self._project(self.progress())
         if trainer.world_size > 1:
             self._share(trainer)
 
     def _project(self, progress: float) -> None:
-        spectra = {name: spectrum(c.matrix(), self.energy) for name, c in self._candidates.items()}
+        spectra = spectra_of(self._trainable(), self.energy)
         self.ranks = self._ranks({name: found.values for name, found in spectra.items()}, progress)
+        self._directions = {}
         for name, rank in self.ranks.items():
             direction = project_(self._candidates[name], rank, spectra[name], penalized=self.nuclear > 0)
             if direction is not None:
@@ -190,11 +208,16 @@ class TRP(Compression):
         task = self._task
         assert task is not None, "begin() comes before the first step"
         now = Task(task.model, task.calls, task.cost, task.plan, task.origin, task.probe, progress)
-        return choose_ranks(now, self._candidates, spectra, self.target)[0]
+        return choose_ranks(now, self._trainable(), spectra, self.target)[0]
+
+    def _trainable(self) -> dict[str, Candidate]:
+        """Return the candidates that are not frozen at the moment."""
+        return {name: c for name, c in self._candidates.items() if c.layer.weight.requires_grad}
 
     def _share(self, trainer: Any) -> None:
         """Give the other ranks what rank 0 has projected; eigenvectors may differ in their last bits between machines."""
         self.ranks = trainer.strategy.broadcast(self.ranks, src=0)
+        self._directions = {name: d for name, d in self._directions.items() if name in self.ranks}
         for name in self.ranks:
             weight = self._candidates[name].layer.weight
             torch.distributed.broadcast(weight.data, src=0)
@@ -211,15 +234,13 @@ class TRP(Compression):
 
     def on_stepped(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Move weights against the sub-gradient after the step of any other optimizer."""
-        if self._penalizes(stepped=True) and not isinstance(optimizer, torch.optim.SGD):
+        if self._penalizes() and not isinstance(optimizer, torch.optim.SGD):
             with torch.no_grad():
                 for weight, direction, lr in self._penalized(optimizer):
                     weight.sub_(direction, alpha=lr * self.nuclear)
 
-    def _penalizes(self, stepped: bool = False) -> bool:
-        if not self.nuclear or self._projected_at is None:
-            return False
-        return self.nuclear_every == "step" or self.steps - stepped == self._projected_at
+    def _penalizes(self) -> bool:
+        return self.nuclear > 0 and bool(self._directions) and (self.nuclear_every == "step" or self._fresh)
 
     def _penalized(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor, float]]:
         """Return weight, direction and learning rate of the layers that an optimizer holds."""
@@ -240,8 +261,10 @@ class TRP(Compression):
         Raises:
             BudgetError: If the budget cannot be met.
         """
-        candidates, alone = find_candidates(task.model, self.scheme, self.include, self.exclude, task.cost.shapes)
-        spectra = {name: spectrum(c.matrix(), self.energy).values for name, c in candidates.items()}
+        found, alone = find_candidates(task.model, self.scheme, self.include, self.exclude, task.cost.shapes)
+        candidates = {name: c for name, c in found.items() if c.layer.weight.requires_grad}
+        alone |= {name: "it is frozen and does not train to low rank" for name in found if name not in candidates}
+        spectra = {name: known.values for name, known in spectra_of(candidates, self.energy).items()}
         ranks, dense = choose_ranks(task, candidates, spectra, self.target)
         return Plan(factorize_steps(candidates, ranks), alone | dense)
 

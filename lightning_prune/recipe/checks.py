@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_prune._lightning import package_of
+from lightning_prune.callback import rehearse
 from lightning_prune.errors import LightningPruneError, RecipeError
 from lightning_prune.recipe import objects
 from lightning_prune.recipe.schema import Recipe, Stage
@@ -44,10 +45,29 @@ def check(recipe: Recipe) -> None:
             enable_checkpointing=False,
         )
     objects.module(recipe.data, "data")
+    _rehearse(recipe)
     if recipe.export is not None:
         _check_export(recipe.export)
     if recipe.validate is not None:
         _check_validate(recipe.validate, recipe.dense)
+
+
+def _rehearse(recipe: Recipe) -> None:
+    """Have the methods that act on the dense model look at one: which layers they would take, whether their budget can be met.
+
+    Stages that start from a compressed model are not asked, because its structure is known only then; nor budgets of a model without
+    ``example_input_array``, whose inputs are.
+    """
+    compressed: set[str] = set()
+    for number, stage in enumerate(recipe.stages):
+        found = methods(stage, number)
+        if found and stage.start not in compressed:
+            try:
+                rehearse(objects.module(recipe.model, "model", stage.init_args), found)
+            except LightningPruneError as error:
+                raise RecipeError(f"stages.{number}.methods: {error}") from error
+        if found or stage.start in compressed:
+            compressed.add(stage.name)
 
 
 def methods(stage: Stage, number: int) -> list[Any]:
@@ -141,11 +161,12 @@ def validate_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_export(arguments: Mapping[str, Any]) -> None:
     from lightning_prune.export import export_onnx
+    from lightning_prune.export.onnx import check_opset
     from lightning_prune.export.optional import need
 
     objects.checked(export_onnx, arguments, "export", EXPORT_SKIP)
-    need("onnx", "Exporting to ONNX")
     need("onnxscript", "Exporting to ONNX")
+    check_opset(arguments.get("opset"))
 
 
 def _check_validate(arguments: Mapping[str, Any], dense: Stage | None) -> None:

@@ -36,6 +36,8 @@ def select(
 
 def _matches(modules: Mapping[str, nn.Module], patterns: Pattern | Sequence[Pattern], option: str) -> set[str]:
     found: set[str] = set()
+    if not isinstance(patterns, str | type | Sequence):
+        raise OptionError(f"{option}={patterns!r}: give names, globs or module types, or a list of them.")
     for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
         hits = {name for name, module in modules.items() if _matches_one(name, module, pattern)}
         if not hits:

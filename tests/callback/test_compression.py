@@ -6,8 +6,10 @@ import logging
 import pytest
 import torch
 from lit import LitNet, Points, loader, trainer
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
+from toys import make
 
 from lightning_prune import TRP, LowRank, compress, count_flops, load_from_checkpoint
 from lightning_prune.errors import BudgetError, CheckpointError, ModelError, OptionError, PlanError, TrainerError
@@ -333,3 +335,175 @@ def test_pickled_code_in_a_checkpoint_is_never_run(tmp_path):
     torch.save({"state_dict": LitNet().state_dict(), "extra": Trap()}, tmp_path / "trap.ckpt")
     with pytest.raises(CheckpointError, match="holds pickled code, which is never run"):
         load_from_checkpoint(LitNet, tmp_path / "trap.ckpt")
+
+
+PICKED = {
+    "LowRank": lambda: LowRank(rank=2, align=1, include=["net.3"]),
+    "TRP": lambda: TRP(energy=0.5, align=1, include="net.3"),
+}
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_a_second_fit_and_a_resume_know_the_layers_that_are_factorized_already(name, tmp_path):
+    model = LitNet()
+    fit(model, PICKED[name](), tmp_path, max_epochs=1)
+    fit(model, PICKED[name](), tmp_path, max_epochs=1).save_checkpoint(tmp_path / "two.ckpt")
+    resumed = LitNet()
+    trainer(tmp_path, callbacks=[PICKED[name]()], max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "two.ckpt")
+    assert plan_of(resumed).steps == plan_of(model).steps
+
+
+def test_include_and_exclude_split_the_layers_between_two_callbacks(tmp_path):
+    model = LitNet()
+    callbacks = [LowRank(rank=2, align=1, include="net.8"), TRP(energy=0.5, align=1, exclude="net.8")]
+    trainer(tmp_path, callbacks=callbacks).fit(model, loader())
+    assert plan_of(model).steps[0].module == "net.8"
+    assert len(plan_of(model)) > 1
+
+
+class Manual(LitNet):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_manual_optimization_recalibrates_through_forward(method, tmp_path, caplog):
+    model = Manual()
+    with caplog.at_level(logging.WARNING, "lightning_prune"):
+        fit(model, method, tmp_path)
+    assert plan_of(model)
+    assert "left as they are" not in caplog.text
+
+
+def test_a_training_step_that_cannot_be_run_early_leaves_the_statistics_and_says_so(tmp_path, caplog):
+    class Rate(LitNet):
+        def training_step(self, batch, batch_idx):
+            assert self.optimizers().param_groups
+            return super().training_step(batch, batch_idx)
+
+    with caplog.at_level(logging.WARNING, "lightning_prune"):
+        fit(Rate(), METHODS["LowRank"](), tmp_path)
+    assert "statistics of batch normalization are left as they are" in caplog.text
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_after_an_averaged_gradual_fit_the_checkpoint_is_compact(first, tmp_path):
+    model, averager = LitNet(norm=False), EMAWeightAveraging(decay=0.5)
+    callbacks = [averager, METHODS["TRP"]()] if first else [METHODS["TRP"](), averager]
+    run = trainer(tmp_path, callbacks=callbacks)
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "small.ckpt")
+    again = load_from_checkpoint(LitNet, tmp_path / "small.ckpt", norm=False)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    run.fit(model, loader())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need")
+def test_masks_survive_an_averaged_checkpoint_and_its_resume(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1)
+    one = trainer(
+        tmp_path, callbacks=[make("ToyMask"), EMAWeightAveraging(decay=0.5), saver], enable_checkpointing=True
+    )
+    one.fit(LitNet(norm=False), loader())
+    model = LitNet(norm=False)
+    two = trainer(tmp_path, callbacks=[make("ToyMask"), EMAWeightAveraging(decay=0.5)])
+    two.fit(model, loader(), ckpt_path=tmp_path / "kept" / "epoch=0.ckpt")
+    assert len(plan_of(model)) == 4
+
+
+def test_an_averager_does_not_copy_the_trainer_with_the_module(tmp_path):
+    class Once(Points):
+        def __deepcopy__(self, memo):
+            raise AssertionError("the data was copied")
+
+    data = DataLoader(Once(), batch_size=16)
+    trainer(tmp_path, callbacks=[METHODS["LowRank"](), EMAWeightAveraging(decay=0.5)]).fit(LitNet(norm=False), data)
+
+
+def test_a_fit_that_ends_before_start_epoch_leaves_the_model_and_says_so(tmp_path, caplog):
+    model = LitNet()
+    with caplog.at_level(logging.WARNING, "lightning_prune"):
+        fit(model, TRP(flops=0.5, align=1, start_epoch=5), tmp_path)
+    assert not plan_of(model)
+    assert "nothing was compressed" in caplog.text
+
+
+@pytest.mark.parametrize(("epochs", "reached"), [(1, 0.25), (2, 0.5), (3, 0.75)])
+def test_the_schedule_counts_the_epochs_that_were_trained(epochs, reached, tmp_path):
+    method = TRP(flops=0.4, align=1, until_epoch=4)
+    fit(LitNet(), method, tmp_path, max_epochs=epochs)
+    assert method.plan.stages[0].options["progress"] == pytest.approx(reached)
+
+
+def test_a_method_whose_bound_another_has_met_is_a_no_op(tmp_path):
+    callbacks = [TRP(flops=0.95, align=1, include="net.3"), LowRank(rank=2, align=1, include="net.8")]
+    model = LitNet()
+    trainer(tmp_path, callbacks=callbacks).fit(model, loader())
+    assert [step.module for step in plan_of(model).steps] == ["net.8"]
+
+
+def test_masks_of_an_earlier_plan_hold_under_every_optimizer(tmp_path):
+    class Two(LitNet):
+        def __init__(self):
+            super().__init__(norm=False)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [
+                torch.optim.SGD(self.net[:8].parameters(), lr=0.05),
+                torch.optim.Adam(self.net[8:].parameters(), lr=0.01),
+            ]
+
+    model = Two()
+    fit(model, make("ToyMask", exclude=None), tmp_path)
+    fit(model, TRP(energy=0.5, align=1, include="net.3"), tmp_path)
+    for step in plan_of(model).steps:
+        if step.action == "mask" and step.module != "net.3":
+            assert not model.get_submodule(step.module).weight[~step.mask].any()
+
+
+def test_learning_rates_of_a_dense_checkpoint_are_kept(tmp_path):
+    dense = LitNet()
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(dense, loader())
+    run.save_checkpoint(tmp_path / "dense.ckpt")
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer(tmp_path, callbacks=[METHODS["LowRank"](), Rates()], max_epochs=3).fit(
+        LitNet(), loader(), ckpt_path=tmp_path / "dense.ckpt"
+    )
+    assert rates[0] == pytest.approx(0.05 * 0.9**2)
+
+
+def test_frozen_weights_are_not_projected(tmp_path):
+    model = LitNet()
+    model.net[3].requires_grad_(False)
+    before = model.net[3].weight.detach().clone()
+    method = TRP(energy=0.4, align=1, every_n_steps=1)
+    fit(model, method, tmp_path)
+    assert torch.equal(model.net[3].weight, before)
+    assert "frozen" in method.plan.left_alone["net.3"]
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = LitNet()
+    model.net[3].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"Layer 'net\.3'.*not finite"):
+        compress(model, LowRank(flops=0.5, align=1), model.example_input_array)
