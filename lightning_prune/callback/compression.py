@@ -11,7 +11,7 @@ does the rest:
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,8 +27,8 @@ from lightning_prune.callback.checks import (
     check_strategy,
     nothing_to_change,
 )
-from lightning_prune.callback.generators import random_state, set_random_state
 from lightning_prune.callback.ranks import agree, check_alike
+from lightning_prune.callback.resume import keep_rates, random_state, set_random_state
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.window import Restore, Window, refresh_averages
 from lightning_prune.errors import CheckpointError
@@ -403,19 +403,6 @@ class Compression(Callback):
         if self.until_epoch is None or self.until_epoch <= self.start_epoch:
             return 1.0
         return min(1.0, max(0.0, (self._position - self.start_epoch) / (self.until_epoch - self.start_epoch)))
-
-
-def keep_rates(optimizers: Sequence[torch.optim.Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
-    """Give fresh optimizers the learning rates of a checkpoint whose states they cannot take.
-
-    Args:
-        optimizers: The optimizers of the compact model.
-        states: Their states in the checkpoint of the dense one; others than as many are left.
-    """
-    for optimizer, state in zip(optimizers, states, strict=False):
-        if len(state["param_groups"]) == len(optimizer.param_groups):
-            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-                group["lr"] = saved["lr"]
 
 
 def _position(trainer: Any, batches: int) -> float:

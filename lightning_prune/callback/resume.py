@@ -1,6 +1,10 @@
-"""The state of all random generators, in types that ``torch.load(weights_only=True)`` reads."""
+"""What a resume needs beyond weights: the state of all random generators, and learning rates of optimizers that start anew.
+
+Everything is of types that ``torch.load(weights_only=True)`` reads.
+"""
 
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,3 +38,16 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version, internal, following = state["python"]
     random.setstate((version, tuple(internal), following))
+
+
+def keep_rates(optimizers: Sequence[torch.optim.Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
+    """Give fresh optimizers the learning rates of a checkpoint whose states they cannot take.
+
+    Args:
+        optimizers: The optimizers of the compact model.
+        states: Their states in the checkpoint of the dense one; others than as many are left.
+    """
+    for optimizer, state in zip(optimizers, states, strict=False):
+        if len(state["param_groups"]) == len(optimizer.param_groups):
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group["lr"] = saved["lr"]
