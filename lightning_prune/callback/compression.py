@@ -28,7 +28,7 @@ from lightning_prune.callback.checks import (
     nothing_to_change,
 )
 from lightning_prune.callback.ranks import agree, check_alike
-from lightning_prune.callback.resume import keep_rates, random_state, set_random_state
+from lightning_prune.callback.resume import keep_rates, random_state, rates_of, set_random_state
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.window import Restore, Window, refresh_averages
 from lightning_prune.errors import CheckpointError
@@ -90,6 +90,7 @@ class Compression(Callback):
         self._random: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None
         self._rates: list[dict[str, Any]] = []
+        self._schedulers: list[dict[str, Any]] = []
         self._handles: list[Any] = []
         self._created: list[nn.Parameter] = []
         self._result: Task | None = None
@@ -165,6 +166,7 @@ class Compression(Callback):
             "done": self._done,
             "plan": Plan(self.plan.steps, self.plan.left_alone, self._origin, self.plan.stages).to_json(),
             "random": random_state(),
+            "rates": self._rates if self._done else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -184,6 +186,7 @@ class Compression(Callback):
         self.plan, self._origin = plan, plan.origin
         self._position, self._acted = float(state["position"]), bool(state["acted"])
         self.steps, self._done, self._random = int(state["steps"]), bool(state["done"]), state["random"]
+        self._rates = list(state["rates"])
 
     # The fit --------------------------------------------------------------------------------------------------------------------
 
@@ -199,6 +202,11 @@ class Compression(Callback):
             check_compiled(pl_module)
             self.reset()
             Window.join(trainer, self)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save the state of the schedulers of a gradual fit that has ended; the optimizers' would not fit the compact model."""
+        if self._schedulers and not checkpoint.get("lr_schedulers"):
+            checkpoint["lr_schedulers"] = self._schedulers
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Remember the checkpoint until the window: if shapes change there, its optimizer states are dropped."""
@@ -276,6 +284,7 @@ class Compression(Callback):
         """
         check_optimizers(trainer, pl_module, type(self).__name__, self._created)
         keep_rates(trainer.optimizers, self._rates)
+        self._rates = []
         masks = Masks(pl_module, plan_of(pl_module))
         owners = self._owners(trainer, pl_module)
 
@@ -368,6 +377,8 @@ class Compression(Callback):
                 loggers.describe(self, self._result),
             )
         pl_module.to(device)
+        self._rates = rates_of(trainer.optimizers)
+        self._schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
         loggers.warn_of_early_checkpoints(trainer)

@@ -40,6 +40,11 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), following))
 
 
+def rates_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """Return the learning rates of all parameter groups, laid out as in the states of the optimizers."""
+    return [{"param_groups": [{"lr": float(group["lr"])} for group in o.param_groups]} for o in optimizers]
+
+
 def keep_rates(optimizers: Sequence[torch.optim.Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
     """Give fresh optimizers the learning rates of a checkpoint whose states they cannot take.
 

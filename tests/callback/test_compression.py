@@ -492,6 +492,25 @@ def test_learning_rates_of_a_dense_checkpoint_are_kept(tmp_path):
     assert rates[0] == pytest.approx(0.05 * 0.9**2)
 
 
+def test_learning_rates_go_on_from_the_checkpoint_of_a_compact_model(method, tmp_path):
+    fit(LitNet(), method, tmp_path, max_epochs=2).save_checkpoint(tmp_path / "small.ckpt")
+    through, rates = [], []
+
+    class Rates(Callback):
+        def __init__(self, told):
+            self.told = told
+
+        def on_train_batch_end(self, trainer, *_):
+            self.told.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    again = METHODS[type(method).__name__]()
+    trainer(tmp_path, callbacks=[again, Rates(rates)], max_epochs=4).fit(
+        LitNet(), loader(), ckpt_path=tmp_path / "small.ckpt"
+    )
+    trainer(tmp_path, callbacks=[Rates(through)], max_epochs=4).fit(LitNet(), loader())
+    assert rates == pytest.approx(through[8:])
+
+
 def test_frozen_weights_are_not_projected(tmp_path):
     model = LitNet()
     model.net[3].requires_grad_(False)
