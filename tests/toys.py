@@ -9,6 +9,7 @@ from torch import nn
 from lightning_prune import methods
 from lightning_prune.callback import Compression, Task
 from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.select import select
 from lightning_prune.structure.steps import MaskWeight
 
 
@@ -20,7 +21,8 @@ class ToyMask(Compression):
         self.sparsity = sparsity
 
     def claim(self, model: nn.Module) -> set[str]:
-        return {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        return set(select(layers, self.include, self.exclude))
 
     def decide(self, task: Task, scores: Any) -> Plan:
         steps = []

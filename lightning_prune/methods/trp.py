@@ -34,7 +34,7 @@ from lightning_prune.methods.low_rank import (
 from lightning_prune.structure.factorized import weight_of
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.select import Pattern
-from lightning_prune.structure.spectrum import Spectrum, polar, project, rank_for_energy, spectrum
+from lightning_prune.structure.spectrum import Spectrum, polar, project, rank_for_energy
 
 log = logging.getLogger(__name__)
 
@@ -173,12 +173,8 @@ class TRP(Compression):
         kept = {name: direction for name, direction in self._directions.items() if name in self._candidates}
         self._directions = {name: d.to(self._candidates[name].layer.weight) for name, d in kept.items()}
         if self.energy is None:
-            choose_ranks(
-                task,
-                self._candidates,
-                {name: spectrum(c.matrix()).values for name, c in self._candidates.items()},
-                self.target,
-            )
+            layers = self._trainable()
+            choose_ranks(task, layers, {name: s.values for name, s in spectra_of(layers, None).items()}, self.target)
 
     def on_step_begin(self, trainer: Any, module: Any) -> None:
         """Project, if ``every_n_steps`` optimizer steps have passed since the last time."""

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from toys import NAMES, make
 
-from lightning_prune import load_from_checkpoint
+from lightning_prune import LowRank, load_from_checkpoint
 from lightning_prune.errors import ModelError, TrainerError
 from lightning_prune.structure.carrier import NAME, plan_of
 from lightning_prune.structure.steps import MaskWeight
@@ -129,6 +129,43 @@ def test_compiled_modules_are_refused_with_the_remedy(name, tmp_path):
         fit(inner, make(name), tmp_path)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # torch.compile's own imports
+def test_modules_compiled_in_place_are_refused_too(name, tmp_path):
+    model = LitNet()
+    model.net.compile()
+    with pytest.raises(TrainerError, match=r"'net'.*compile it after"):
+        fit(model, make(name), tmp_path)
+
+
+def picked(name, layers):
+    """Return the method on some layers only, with a target that does not depend on the others."""
+    own = {"energy": 0.5, "flops": None} if name in ("LowRank", "TRP") else {}
+    return make(name, include=layers, **own)
+
+
+def test_two_callbacks_on_different_layers_compose(name, tmp_path):
+    model = LitNet()
+    trainer(tmp_path, callbacks=[picked(name, "net.3"), LowRank(rank=2, align=1, include="net.8")]).fit(model, loader())
+    assert {step.module for step in plan_of(model).steps} == {"net.3", "net.8"}
+    assert_compressed(model)
+
+
+def test_two_callbacks_on_the_same_layer_are_refused_by_name(name, tmp_path):
+    callbacks = [LowRank(rank=2, align=1, include="net.3"), picked(name, ["net.3", "net.8"])]
+    with pytest.raises(TrainerError, match=rf"{name} and LowRank would both compress layer 'net\.3'"):
+        trainer(tmp_path, callbacks=callbacks).fit(LitNet(), loader())
+
+
+def test_frozen_layers_stay_frozen(name, tmp_path):
+    model = LitNet()
+    model.net[0].requires_grad_(False)
+    fit(model, make(name), tmp_path)
+    assert not any(p.requires_grad for p in model.net[0].parameters())
+    assert all(p.requires_grad for p in model.net[8].parameters())
+
+
 def test_manual_optimization_with_two_optimizers(name, tmp_path):
     class Manual(LitNet):
         def __init__(self):
@@ -148,7 +185,7 @@ def test_manual_optimization_with_two_optimizers(name, tmp_path):
             return [torch.optim.SGD(rest, lr=0.05), torch.optim.Adam(head, lr=0.01)]
 
     model = Manual()
-    fit(model, make(name, recalibrate_bn=0) if name != "ToyMask" else make(name), tmp_path)
+    fit(model, make(name), tmp_path)
     assert_compressed(model)
 
 
