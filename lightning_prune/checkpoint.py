@@ -44,7 +44,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         data = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         what = re.search(
-            r"(Unsupported (?:global|class|operand)|GLOBAL|Trying to (?:load|call|instantiate)).*", str(error)
+            r"(Unsupported (?:global|class)|GLOBAL|Trying to (?:load|call|instantiate)).*", str(error)
         )
         if what is None:
             raise CheckpointError(
