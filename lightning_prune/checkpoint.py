@@ -43,9 +43,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     try:
         data = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        what = re.search(
-            r"(Unsupported (?:global|class)|GLOBAL|Trying to (?:load|call|instantiate)).*", str(error)
-        )
+        what = re.search(r"(Unsupported (?:global|class)|GLOBAL|Trying to (?:load|call|instantiate)).*", str(error))
         if what is None:
             raise CheckpointError(
                 f"Checkpoint {str(file)!r} is truncated or no checkpoint. Give a file that Trainer or torch.save wrote."
