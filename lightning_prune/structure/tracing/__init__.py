@@ -1,0 +1,1 @@
+"""Which slices of which tensors belong together: labels that follow the channels through a ``torch.export`` graph."""

@@ -1,0 +1,371 @@
+"""Rules for operations that move elements: they are run on the labels themselves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_prune.structure.tracing.elementwise import combine
+from lightning_prune.structure.tracing.site import Site
+from lightning_prune.structure.tracing.values import Field, Value, core, fixed, tidy
+
+
+def literal(site: Site, value: Value, *args: Any, **kwargs: Any) -> Any:
+    """Run the operation on the labels of every field."""
+    return moved(site, value, lambda labels: _run(site, labels, args, kwargs))
+
+
+def moved(site: Site, value: Value, move: Any) -> Any:
+    """Return what ``move`` makes of the labels of every field of ``value``; one value, or one per output."""
+    example = site.node.meta["val"]
+    if isinstance(example, tuple | list):
+        parts: list[list[Field]] = [[] for _ in example]
+        for field in value.fields:
+            for own, labels in zip(parts, move(field.labels), strict=True):
+                own.append(_checked(site, labels, field))
+        return tuple(
+            Value(tuple(t.shape), _present(own), value.fill, None, value.weights)
+            for t, own in zip(example, parts, strict=True)
+        )
+    fields = [_checked(site, move(field.labels), field) for field in value.fields]
+    return Value(tuple(example.shape), _present(fields), value.fill, None, value.weights)
+
+
+def _run(site: Site, labels: Tensor, args: Any, kwargs: Any) -> Any:
+    name = site.target._schema.name.removeprefix("aten::")
+    if name in ("view", "_unsafe_view", "reshape"):
+        return labels.reshape(args[0])
+    return site.target(labels, *args, **kwargs)
+
+
+def _checked(site: Site, labels: Tensor, field: Field) -> Field:
+    labels = tidy(labels)
+    found = Field(labels, field.at, field.weights)
+    if not found.axes and field.axes:
+        site.freeze(found, f"a single channel is picked by {site.name}")
+    return found
+
+
+def _present(fields: Sequence[Field]) -> tuple[Field, ...]:
+    return tuple(field for field in fields if field.axes)
+
+
+def view(site: Site, value: Value, size: Sequence[int], *_: Any) -> Value:
+    """Reshape the labels; sizes that the user's code writes down must follow when labels leave."""
+    if not isinstance(size, tuple | list):  # view(dtype)
+        return value
+    found: Value = moved(site, value, lambda labels: labels.reshape(tuple(size)))
+    _note_sizes(site, found, size)
+    for field in found.fields:
+        site.labels.grid(field)
+    return found
+
+
+def unflatten(site: Site, value: Value, dim: int, sizes: Sequence[int]) -> Value:
+    """Reshape one axis."""
+    found: Value = moved(site, value, lambda labels: labels.reshape(site.shape))
+    dim %= len(value.shape)
+    written = [-1] * dim + list(sizes) + [-1] * (len(value.shape) - dim - 1)
+    _note_sizes(site, found, written)
+    for field in found.fields:
+        site.labels.grid(field)
+    return found
+
+
+def reshaped(site: Site, value: Value, *_: Any, **__: Any) -> Value:
+    """Reshape the labels as the output is shaped; the operation reads all sizes from its input."""
+    found: Value = moved(site, value, lambda labels: labels.reshape(site.shape))
+    for field in found.fields:
+        site.labels.grid(field)
+    return found
+
+
+def expand(site: Site, value: Value, size: Sequence[int], *_: Any, **__: Any) -> Value:
+    """Expand the labels; sizes that the user's code writes down must follow."""
+    found: Value = moved(site, value, lambda labels: labels.expand(tuple(size)))
+    _note_sizes(site, found, size)
+    return found
+
+
+def expand_as(site: Site, value: Value, other: Value) -> Value:
+    """Expand to the shape of another tensor: where that shrinks, nothing is written down."""
+    return moved(site, value, lambda labels: labels.expand(site.shape))  # type: ignore[no-any-return]
+
+
+def _note_sizes(site: Site, value: Value, written: Sequence[int]) -> None:
+    site.labels.written |= any(isinstance(size, int) and size > 1 for size in written[1:])
+    for field in value.fields:
+        for axis in field.axes:
+            offset = axis - len(value.shape) + len(written)
+            if 0 <= offset < len(written) and isinstance(written[offset], int) and written[offset] > 0:
+                site.sized(written[offset], field, axis)
+
+
+def cat(site: Site, values: Sequence[Value], dim: int = 0) -> Value:
+    """Lay labels end to end along ``dim``; unite them along the others."""
+    values = [v for v in values if v.shape != (0,)]
+    shape = site.shape
+    dim %= len(shape)
+    fields: list[Field] = []
+    along = [next((f for f in v.fields if dim in f.axes), None) for v in values]
+    if any(along):
+        ats = {f.at for f in along if f is not None}
+        at = ats.pop() if len(ats) == 1 else 0.0
+        for f in along:
+            if f is not None and f.at != at:
+                site.freeze(f, f"{site.name} joins channels that are zero when masked with such that are not")
+        axes = {axis for f in along if f is not None for axis in f.axes}
+        parts = []
+        for f, v in zip(along, values, strict=True):
+            labels = fixed(v.shape) if f is None else f.labels
+            own = [size if axis in axes else 1 for axis, size in enumerate(v.shape)]
+            for axis in range(len(shape)):
+                if axis not in axes:
+                    labels = labels.narrow(axis, 0, 1)
+            parts.append(labels.expand(own))
+        weights = all(v.weights for v in values)
+        if not weights:
+            for f in along:
+                if f is not None:
+                    site.labels.produce(f)
+        fields.append(Field(tidy(torch.cat(parts, dim).expand(shape)), at, weights))
+        if len(axes) > 1:
+            site.labels.grid(fields[-1])
+    rest = []
+    for v in values:
+        beside = tuple(Field(_at_one(f.labels, dim), f.at, f.weights) for f in v.fields if dim not in f.axes)
+        rest.append(Value((*v.shape[:dim], 1, *v.shape[dim + 1 :]), beside, v.fill, None, v.weights))
+    one = combine(site, rest, _agreed, (*shape[:dim], 1, *shape[dim + 1 :]))
+    fields += [Field(f.labels.expand(shape), f.at, f.weights) for f in one.fields]
+    fill = values[0].fill if values and len({v.fill for v in values}) == 1 else None
+    return Value(shape, tuple(fields), fill, None, all(v.weights for v in values))
+
+
+def _agreed(ats: Sequence[float | None]) -> float | None:
+    return ats[0] if len(set(ats)) == 1 else None
+
+
+def _at_one(labels: Tensor, dim: int) -> Tensor:
+    return labels.narrow(dim, 0, 1)
+
+
+def stack(site: Site, values: Sequence[Value], dim: int = 0) -> Value:
+    """Unite the labels of what is stacked."""
+    shape = site.shape
+    dim %= len(shape)
+    flat = (*shape[:dim], *shape[dim + 1 :])
+    one = combine(site, list(values), _agreed, flat)
+    fields = tuple(Field(f.labels.unsqueeze(dim).expand(shape), f.at, f.weights) for f in one.fields)
+    return Value(shape, fields, one.fill, None, one.weights)
+
+
+def split(site: Site, value: Value, sizes: Any, dim: int = 0) -> Any:
+    """Cut along ``dim``; equal parts lose equally many, and sizes that the code writes down must follow."""
+    found = literal(site, value, sizes, dim)
+    field = value.along(dim)
+    dim %= len(value.shape)
+    site.labels.written |= dim > 0
+    if field is None:
+        return found
+    widths = [part.shape[dim] for part in found]
+    _tie_parts(site, found, dim, widths)
+    for part, width in zip(found, widths, strict=True):
+        own = part.along(dim)
+        if own is not None:
+            site.sized(width, own, dim)
+    return found
+
+
+def chunk(site: Site, value: Value, chunks: int, dim: int = 0) -> Any:
+    """Cut into equal parts, sized at run time; they lose equally many."""
+    found = literal(site, value, chunks, dim)
+    dim %= len(value.shape)
+    field = value.along(dim)
+    if field is None:
+        return found
+    widths = [part.shape[dim] for part in found]
+    if len(set(widths)) == 1:
+        _tie_parts(site, found, dim, widths)
+    else:
+        site.freeze(field, f"{site.name} cuts it into unequal parts")
+    return found
+
+
+def _tie_parts(site: Site, parts: Sequence[Value], dim: int, widths: Sequence[int]) -> None:
+    own = [part.along(dim) for part in parts]
+    if len(set(widths)) == 1 and all(f is not None and f.axes == (dim,) for f in own):
+        site.labels.tie(*(core(f.labels).flatten() for f in own if f is not None))
+
+
+def slice_(
+    site: Site, value: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Value:
+    """Cut a piece out; where it starts and ends must follow when labels before it leave."""
+    places = (*(slice(None),) * (dim % len(value.shape)), slice(start, end, step))
+    found: Value = moved(site, value, lambda labels: labels[places])
+    field = value.along(dim)
+    dim %= len(value.shape)
+    size = value.shape[dim]
+    first = 0 if start is None else max(0, start + size if start < 0 else start)
+    last = size if end is None else min(size, end + size if end < 0 else end)
+    if (first, last, step) == (0, size, 1):
+        return found
+    site.labels.written |= dim > 0
+    if field is None:
+        return found
+    if step != 1:
+        site.freeze(field, f"every {step}th channel is picked by {site.name}")
+        return found
+    for bound, before in ((first, field.labels.narrow(dim, 0, first)), (last, field.labels.narrow(dim, 0, last))):
+        if 0 < bound < size:
+            site.sized(bound, before, dim)
+            part = bound if size % bound == 0 else size - bound if size % (size - bound) == 0 else 0
+            if part and field.axes == (dim,):
+                site.labels.tie(*core(field.labels).flatten().split(part))
+    return found
+
+
+def narrow(site: Site, value: Value, dim: int, start: int, length: int) -> Value:
+    """Cut a piece out, as ``slice`` does."""
+    start = start + value.shape[dim] if start < 0 else start
+    return slice_(site, value, dim, start, start + length)
+
+
+def roll(site: Site, value: Value, shifts: Any, dims: Any = ()) -> Value:
+    """Roll; labels along a rolled axis cannot leave, for the shift counts them."""
+    rolled = {dim % len(value.shape) for dim in ([dims] if isinstance(dims, int) else dims)} or set(
+        range(len(value.shape))
+    )
+    for field in value.fields:
+        if rolled & set(field.axes):
+            site.freeze(field, f"it is rolled by {site.name}")
+    return Value(value.shape, tuple(value.beside(rolled)), value.fill, None, value.weights)
+
+
+def index(site: Site, value: Value, indices: Sequence[Any]) -> Value:
+    """Pick by tensors of indices: labels along other axes stay, those along the picked axes cannot leave."""
+    picked = [axis for axis, i in enumerate(indices) if i is not None]
+    for field in value.fields:
+        if set(picked) & set(field.axes):
+            merged = site.labels.merge(field, tuple(a for a in picked if a in field.axes))
+            if not merged.axes:
+                site.freeze(field, f"it is picked by index in {site.name}")
+    kept = []
+    for field in value.fields:
+        rest = site.labels.merge(field, tuple(a for a in picked if a in field.axes))
+        if rest.axes:
+            zeros = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
+            kept.append(
+                Field(
+                    tidy(rest.labels[tuple(slice(None) if z is None else z for z in zeros)].reshape(site.shape)),
+                    field.at,
+                    field.weights,
+                )
+            )
+    return Value(site.shape, tuple(kept), value.fill, None, value.weights)
+
+
+def index_select(site: Site, value: Value, dim: int, indices: Value) -> Value:
+    """Pick along one axis by a tensor of indices."""
+    places: list[Any] = [None] * len(value.shape)
+    places[dim % len(value.shape)] = indices
+    return index(site, value, places)
+
+
+def pad(site: Site, value: Value, pads: Sequence[int], mode: str = "constant", fill: float | None = None) -> Value:
+    """Pad: new elements never leave; along other axes than those of the labels the labels go on."""
+    rank = len(value.shape)
+    padded = {rank - 1 - i // 2 for i, amount in enumerate(pads) if amount}
+    fields = []
+    for field in value.fields:
+        inside = padded & set(field.axes)
+        at = field.at if (field.at == (fill or 0.0) or mode != "constant") else None
+        if inside and mode != "constant":
+            site.freeze(field, f"it is mirrored by {site.name}")
+            continue
+        labels = field.labels
+        for axis in padded - set(field.axes):
+            labels = labels.narrow(axis, 0, 1).expand(
+                [site.shape[axis] if a == axis else s for a, s in enumerate(labels.shape)]
+            )
+        amounts = [a if rank - 1 - i // 2 in inside else 0 for i, a in enumerate(pads)]
+        if inside:
+            labels = tidy(F.pad(labels, amounts, value=0))
+            for axis in inside:
+                site.sized(site.shape[axis], labels, axis)
+        fields.append(Field(labels.expand(site.shape), at, False))
+    return Value(site.shape, tuple(fields))
+
+
+def channel_shuffle(site: Site, value: Value, groups: int) -> Value:
+    """Do as ``view``, ``transpose`` and ``flatten`` would."""
+    size = value.shape[1]
+
+    def move(labels: Tensor) -> Tensor:
+        grid = labels.reshape(labels.shape[0], groups, size // groups, *labels.shape[2:])
+        site.labels.grid(Field(tidy(grid)))
+        return grid.transpose(1, 2).reshape(labels.shape)
+
+    return moved(site, value, move)  # type: ignore[no-any-return]
+
+
+def repeat_interleave(site: Site, value: Value, repeats: Any, dim: int | None = None, **_: Any) -> Value:
+    """Repeat slices as often as a number says."""
+    if not isinstance(repeats, int) or dim is None:
+        for field in value.fields:
+            site.freeze(field, f"it is repeated by {site.name}")
+        return Value(site.shape)
+    return moved(site, value, lambda labels: labels.repeat_interleave(repeats, dim))  # type: ignore[no-any-return]
+
+
+def pixel_shuffle(site: Site, value: Value, *args: Any) -> Value:
+    """Run the operation on the labels; what is spread over places of one channel leaves together."""
+    found: Value = literal(site, value, *args)
+    for field in found.fields:
+        site.labels.grid(field)
+    return found
+
+
+RULES: dict[str, Any] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view"), view),
+    **dict.fromkeys(("flatten", "ravel", "view_as", "reshape_as", "squeeze", "unsqueeze"), reshaped),
+    **dict.fromkeys(
+        (
+            "permute",
+            "transpose",
+            "t",
+            "swapaxes",
+            "swapdims",
+            "movedim",
+            "moveaxis",
+            "numpy_T",
+            "mT",
+            "adjoint",
+            "matrix_H",
+            "flip",
+            "select",
+            "unbind",
+            "repeat",
+            "tile",
+        ),
+        literal,
+    ),
+    "unflatten": unflatten,
+    "expand": expand,
+    "expand_as": expand_as,
+    **dict.fromkeys(("cat", "concat", "concatenate"), cat),
+    "stack": stack,
+    **dict.fromkeys(("split", "split_with_sizes"), split),
+    **dict.fromkeys(("chunk", "tensor_split"), chunk),
+    "slice": slice_,
+    "narrow": narrow,
+    "roll": roll,
+    "index": index,
+    "index_select": index_select,
+    **dict.fromkeys(("pad", "constant_pad_nd"), pad),
+    "channel_shuffle": channel_shuffle,
+    "repeat_interleave": repeat_interleave,
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), pixel_shuffle),
+}

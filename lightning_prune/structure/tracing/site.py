@@ -1,0 +1,108 @@
+"""One operation in the graph: what a rule may ask of it and tell about it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_prune.structure.tracing.labels import Absorbed, Labels, Size, Term
+from lightning_prune.structure.tracing.values import Field, Value, core
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """An operation in the graph of a call.
+
+    Attributes:
+        labels: Collects the ties.
+        node: Its node.
+        target: The operation.
+        owner: Name of the innermost module whose code runs it.
+        where: File and line of that code.
+        code: The line.
+        model: The model.
+        training: Whether the graph is of train mode.
+    """
+
+    labels: Labels
+    node: fx.Node
+    target: torch._ops.OpOverload
+    owner: str
+    where: str
+    code: str
+    model: nn.Module
+    training: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the operation, with the line that calls it."""
+        name = self.target._schema.name.removeprefix("aten::")
+        return f"{name} ({self.where} `{self.code}`)" if self.where else name
+
+    @property
+    def module(self) -> nn.Module:
+        """The innermost module whose code runs the operation."""
+        return self.model.get_submodule(self.owner)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first output."""
+        example = self.node.meta["val"]
+        return tuple((example[0] if isinstance(example, tuple | list) else example).shape)
+
+    def outputs(self) -> Any:
+        """Return values without fields in the form of the operation's outputs."""
+        example = self.node.meta.get("val")
+        if isinstance(example, Tensor):
+            return Value(tuple(example.shape))
+        if isinstance(example, tuple | list):
+            return tuple(Value(tuple(t.shape)) if isinstance(t, Tensor) else t for t in example)
+        return example
+
+    def freeze(self, field: Field, reason: str) -> None:
+        """Let the labels of a field never leave."""
+        self.labels.freeze(field.labels, reason)
+
+    def freeze_all(self, value: Value | None, reason: str) -> None:
+        """Let no label of a value leave."""
+        for field in value.fields if value is not None else ():
+            self.freeze(field, reason)
+
+    def cost(self, factor: int, axes: Sequence[Tensor], divisor: int = 1) -> None:
+        """Note multiply-adds that follow the number of kept labels; counted in eval mode only."""
+        if axes and not self.training:
+            vectors = tuple(core(axis).flatten().numpy() for axis in axes)
+            self.labels.terms.append(Term(factor, vectors, divisor))
+
+    def sized(self, before: int, field: Field | Tensor, axis: int, attribute: str | None = None) -> None:
+        """Note a number in the code of this module that must follow when labels along ``axis`` leave.
+
+        Args:
+            before: The number in the dense model.
+            field: The labels it counts.
+            axis: The axis of them that it counts.
+            attribute: The attribute of the module that holds it; None if that is not known.
+        """
+        tensor = field.labels if isinstance(field, Field) else field
+        if isinstance(before, int) and before > 0:
+            rows = core(tensor).movedim(axis, 0)
+            if rows.shape[0] != tensor.shape[axis]:
+                rows = rows.expand(tensor.shape[axis], *rows.shape[1:])
+            found = np.ascontiguousarray(rows.reshape(rows.shape[0], -1).numpy())
+            self.labels.sizes.append(
+                Size(self.owner, attribute, before, found, self.node.name, f"{self.where} `{self.code}`")
+            )
+
+    def absorb(self, weight: Value, bias: Value | None, at: float) -> bool:
+        """Let the bias take up channels that are the constant ``at``; return whether it can."""
+        if weight.source is None or bias is None or bias.source is None:
+            return False
+        if weight.source.rpartition(".")[0] != bias.source.rpartition(".")[0]:
+            return False
+        if weight.source in self.labels.absorbed and self.labels.absorbed[weight.source].value != at:
+            return False
+        self.labels.absorbed[weight.source] = Absorbed(weight.source, bias.source, at)
+        return True

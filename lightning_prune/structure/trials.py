@@ -1,0 +1,290 @@
+"""Sizes that the user's Python code writes down, found out by trial.
+
+In the graph, ``x.view(b, self.h, 64)`` and ``x.view(b, x.shape[1] // 64, 64)`` look alike. Which it is shows when units leave a copy of the
+model and its real Python code runs: the output equals the masked model's, or equals it once integer attributes of the modules concerned
+have followed, or the size is fixed and the units stay.
+"""
+
+import copy
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.structure.calls import Call
+from lightning_prune.structure.groups import Structure
+from lightning_prune.structure.removal import removal_steps
+from lightning_prune.structure.tracing.labels import Size
+from lightning_prune.structure.tracing.program import line_of
+
+log = logging.getLogger(__name__)
+
+_FOREIGN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 5e-2}
+_SMALL = 1_000_000  # parameters up to which trials cost next to nothing
+_REACHES = ("nothing", "the module", "the module and those around it")  # how far attributes are looked for
+
+
+def try_sizes(model: nn.Module, calls: Sequence[Call], structure: Structure) -> Structure:
+    """Find out which sizes in the user's code follow when units leave.
+
+    Args:
+        model: The model; left as it is. Copies of it are run.
+        calls: The calls that stand for it.
+        structure: Its units.
+
+    Returns:
+        The structure with the attributes that must follow; units whose size is fixed by the code never leave, and the reason names the line.
+    """
+    families = _families(structure)
+    if not structure.count or not (families or structure.written):
+        return structure
+    everything = np.arange(structure.count)
+    for reach in range(len(_REACHES)):
+        followed = _with_attributes(model, structure, structure.sizes, reach)
+        if followed is not None and _failure(model, calls, followed, everything) is None:
+            return followed
+    result = _by_family(model, calls, structure, families)
+    if _failure(model, calls, result, np.arange(result.count)) is None:
+        return result
+    return _by_group(model, calls, result)
+
+
+def _by_family(
+    model: nn.Module, calls: Sequence[Call], structure: Structure, families: Mapping[str, Sequence[Size]]
+) -> Structure:
+    """Try the units behind every line of code that writes a size alone; refuse those of which none can leave."""
+    followed, refused = list(structure.sizes), []
+    for sizes in families.values():
+        found = _alone(model, calls, structure, sizes)
+        if found is None:
+            refused.append(sizes)
+        else:
+            followed += found
+    result = dataclasses.replace(structure, sizes=tuple(followed))
+    for sizes in refused:
+        result = _refuse(result, sizes)
+    return result
+
+
+def _by_group(model: nn.Module, calls: Sequence[Call], structure: Structure) -> Structure:
+    """Admit groups as long as real Python follows: code may compute one size from the shape of another tensor."""
+    admitted: list[np.ndarray] = []
+    refused: list[tuple[np.ndarray, str]] = []
+
+    def admit(units: Sequence[np.ndarray]) -> None:
+        where = _failure(model, calls, structure, np.concatenate([*admitted, *units]))
+        if where is None:
+            admitted.extend(units)
+        elif len(units) == 1:
+            refused.append((units[0], where))
+        else:
+            admit(units[: len(units) // 2])
+            admit(units[len(units) // 2 :])
+
+    admit([group.units for group in structure.groups])
+    result, kept = structure, np.arange(structure.count)
+    for units, where in refused:
+        now = np.flatnonzero(np.isin(kept, units))
+        result, gone = result.without_units(now, f"the code at {where} fails when its size changes")
+        kept = kept[~gone]
+    return result
+
+
+def _refuse(structure: Structure, sizes: Sequence[Size]) -> Structure:
+    wheres = {size.where for size in sizes}
+    labels = [s.labels for s in structure.sizes if s.where in wheres and _fixes(s)]
+    units = np.unique(np.concatenate([own.reshape(-1) for own in labels])) if labels else np.zeros(0, np.int64)
+    return structure.without(units[units >= 0], f"its size is fixed by the code at {sizes[0].where}")
+
+
+def _fixes(size: Size) -> bool:
+    """Tell whether a number changes when units leave: some row of it is a single unit."""
+    return size.attribute is None and bool(
+        (size.labels.min(1) == size.labels.max(1)).any() and (size.labels >= 0).any()
+    )
+
+
+def _families(structure: Structure) -> dict[Any, list[Size]]:
+    """Gather the sizes that may fix units, those of the same code in modules of the same kind together."""
+    families: dict[Any, list[Size]] = {}
+    for size in structure.sizes:
+        if _fixes(size):
+            families.setdefault(size.where, []).append(size)
+    return families
+
+
+def _alone(
+    model: nn.Module, calls: Sequence[Call], structure: Structure, sizes: Sequence[Size]
+) -> tuple[Size, ...] | None:
+    """Try the units behind some sizes alone; return the attributes that follow, or None if the sizes are fixed."""
+    units = np.unique(np.concatenate([size.labels.reshape(-1) for size in sizes]))
+    units = units[units >= 0]
+    touched = np.zeros(structure.count + 1, bool)
+    touched[units] = True
+    related = [s for s in structure.sizes if touched[s.labels].any()]
+    for reach in range(len(_REACHES)):
+        found = _with_attributes(model, structure, related, reach)
+        if found is not None and _failure(model, calls, found, units) is None:
+            return found.sizes[len(structure.sizes) :]
+    return None
+
+
+def _with_attributes(model: nn.Module, structure: Structure, sizes: Sequence[Size], reach: int) -> Structure | None:
+    """Let attributes of the modules concerned follow sizes: those that hold the very number; None if there are none in reach."""
+    if reach == 0:
+        return structure
+    added: list[Size] = []
+    for size in sizes:
+        if _fixes(size):
+            for name in _modules_in_reach(size.module, reach):
+                module = model.get_submodule(name)
+                added += [dataclasses.replace(size, module=name, attribute=a) for a in _numbers(module, size.before)]
+    for _, own in itertools.groupby(sizes, key=lambda s: s.node):
+        parts = list(own)
+        for name in _modules_in_reach(parts[0].module, reach):
+            for attribute in _lists(model.get_submodule(name), [size.before for size in parts]):
+                added += [
+                    dataclasses.replace(s, module=name, attribute=attribute, index=i) for i, s in enumerate(parts)
+                ]
+    return dataclasses.replace(structure, sizes=(*structure.sizes, *added)) if added else None
+
+
+def _modules_in_reach(name: str, reach: int) -> list[str]:
+    parts = name.split(".") if name else []
+    return [name] if reach == 1 else [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _numbers(module: nn.Module, number: int) -> list[str]:
+    return [key for key, value in vars(module).items() if type(value) is int and value == number]
+
+
+def _lists(module: nn.Module, numbers: Sequence[int]) -> list[str]:
+    return [
+        key
+        for key, value in vars(module).items()
+        if isinstance(value, list | tuple) and all(type(v) is int for v in value) and list(value) == list(numbers)
+    ]
+
+
+def _failure(model: nn.Module, calls: Sequence[Call], structure: Structure, units: np.ndarray) -> str | None:
+    """Return where real Python fails to compute what the masked model does when some of ``units`` have left; None if it does not.
+
+    Several draws: with small numbers a size in the code may fit by chance.
+    """
+    if not len(units):
+        return None
+    small = sum(p.numel() for p in model.parameters()) < _SMALL
+    for seed in range(8 if small else 4):
+        kept = draw(structure, units, seed=seed)
+        where = None if kept.all() else _trial(model, calls, structure, kept)
+        if where is not None:
+            return where
+    return None
+
+
+def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: np.ndarray) -> str | None:
+    trial = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            _shake(trial)
+            steps = removal_steps(trial, structure, kept)
+            for step in steps:
+                step.emulate(trial)
+            expected = [t.clone() for call in calls for t in _tensors(call.run(trial))]
+            for step in steps:
+                step.apply(trial)
+            found = [t for call in calls for t in _tensors(call.run(trial))]
+    except _FOREIGN as error:
+        return line_of(error) or "an unknown place"
+    same = len(expected) == len(found) and all(map(_close, expected, found))
+    return None if same else "an unknown place"
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    if expected.shape != found.shape:
+        return False
+    if not expected.is_floating_point():
+        return bool((expected == found).all())
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    gap = float((expected.double() - found.double()).abs().max()) if expected.numel() else 0.0
+    return gap <= _TOLERANCE.get(expected.dtype, 1e-3) * max(scale, 1e-30)
+
+
+def _shake(model: nn.Module) -> None:
+    """Move the weights a little: a branch that starts with a scale of zero would hide what goes wrong in it."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            spread = float(parameter.detach().float().std(correction=0)) or 0.1
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1 * spread
+            parameter.data = parameter.data + noise.to(parameter.device, parameter.dtype)
+
+
+def draw(structure: Structure, units: np.ndarray, share: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Return which units stay when about a share of ``units`` leaves at random, unevenly, count ties respected.
+
+    Args:
+        structure: All units.
+        units: Numbers of those that may leave.
+        share: How many of them leave.
+        seed: Of the draw.
+
+    Returns:
+        ``[units]``, boolean; every group keeps at least one unit.
+    """
+    random = np.random.default_rng(seed)
+    together = _together(structure)
+    allowed = np.zeros(structure.count, bool)
+    allowed[units] = True
+    blocked = np.zeros(structure.count, bool)
+    np.logical_or.at(blocked, together, ~allowed)
+    allowed &= ~blocked[together]
+    chance = random.uniform(0, 2 * share, len(structure.groups)) * random.integers(0, 3, len(structure.groups)).clip(
+        max=1
+    )
+    few = random.integers(0, 2, len(structure.groups)).astype(bool)  # groups that lose one unit at least
+    group_of = np.zeros(structure.count, np.int64)
+    for index, group in enumerate(structure.groups):
+        group_of[group.units] = index
+    leaves = (random.uniform(size=structure.count) < chance[group_of])[together] & allowed
+    for group, one in zip(structure.groups, few, strict=True):
+        own = together[group.units]
+        if leaves[group.units].all():
+            leaves[np.isin(together, own[:1])] = False
+        elif one and not leaves[group.units].any() and allowed[group.units].any() and len(set(own.tolist())) > 1:
+            leaves[np.isin(together, random.choice(own[allowed[group.units]], 1))] = True
+    return ~leaves
+
+
+def _together(structure: Structure) -> np.ndarray:
+    """Return a number per unit: units with the same number leave together, blocks of count ties matched by position."""
+    parent = np.arange(structure.count)
+    edges = [np.stack([np.broadcast_to(tie[0], np.shape(b)), b]) for tie in structure.ties for b in tie[1:]]
+    pairs = np.concatenate([e.reshape(2, -1) for e in edges], axis=1) if edges else np.zeros((2, 0), np.int64)
+    while pairs.shape[1]:
+        a, b = parent[pairs[0]], parent[pairs[1]]
+        apart = a != b
+        pairs, a, b = pairs[:, apart], a[apart], b[apart]
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+        while not (parent[parent] == parent).all():
+            parent = parent[parent]
+    return parent
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(vars(value))
