@@ -14,8 +14,11 @@ _HOME = {
     "compress": "lightning_prune.callback",
     "count_flops": "lightning_prune.flops",
     "load_from_checkpoint": "lightning_prune.checkpoint",
+    "explain": "lightning_prune.explain",
     "LowRank": "lightning_prune.methods",
+    "Magnitude": "lightning_prune.methods",
     "Plan": "lightning_prune.structure.plan",
+    "Random": "lightning_prune.methods",
     "TRP": "lightning_prune.methods",
 }
 __all__ = list(_HOME)

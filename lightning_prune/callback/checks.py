@@ -115,5 +115,5 @@ def check_integer(owner: object, name: str, minimum: int) -> None:
 
 def nothing_to_change(method: str, left_alone: Mapping[str, str]) -> ModelError:
     """Return the error for a compression that would change nothing, with the reasons."""
-    reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(left_alone.items())[:5])
+    reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in left_alone.items())
     return ModelError(f"{method} would change nothing. {reasons or 'The model has no layer that it could compress.'}")

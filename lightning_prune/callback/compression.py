@@ -12,7 +12,7 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ class Compression(Callback):
         plan: What this callback did; empty until it has.
     """
 
-    gradual: ClassVar[bool] = False
+    gradual: bool = False
 
     def __init__(
         self,
@@ -240,10 +240,11 @@ class Compression(Callback):
         if self.gradual:
             self.begin(task)
             return False
-        before = set(module.parameters())
+        before = {p: p.shape for p in module.parameters()}
         self._shrink(trainer, module, task)
         self._created = [p for p in module.parameters() if p not in before]
-        if resumed is not None and self._created and resumed.get("optimizer_states"):
+        changed = any(before.get(p) != p.shape for p in module.parameters())
+        if resumed is not None and changed and resumed.get("optimizer_states"):
             log.warning(
                 "%s: the optimizer states of the checkpoint belong to the dense model and are dropped; learning rates are kept.",
                 type(self).__name__,

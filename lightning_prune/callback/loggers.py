@@ -47,14 +47,17 @@ def layer_facts(plan: Plan) -> dict[str, float]:
     """Return per changed layer the share kept and what else its step says."""
     facts: dict[str, float] = {}
     for step in plan.steps:
-        facts[f"kept/{_name(step)}"] = step.summary()["kept"]
-        facts |= {f"{name}/{_name(step)}": value for name, value in step.facts().items()}
+        name = _name(step)
+        facts[f"kept/{name}"] = facts.get(f"kept/{name}", 1.0) * step.summary()["kept"]
+        facts |= {f"{fact}/{name}": value for fact, value in step.facts().items()}
     return facts
 
 
 def _name(step: Step) -> str:
     """Name the layer, or the parameter where a layer has several to tell of."""
-    return step.key if isinstance(step, MaskWeight) and step.parameter != "weight" else step.module
+    return (
+        step.key if isinstance(step, MaskWeight) and step.parameter != "weight" else step.module or "the model itself"
+    )
 
 
 def tell_table(trainer: Any, plan: Plan, title: str) -> None:

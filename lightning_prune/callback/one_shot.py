@@ -1,6 +1,5 @@
 """Compression without a Trainer, and what can be known before there is one."""
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from lightning_prune.probe import Probe
 from lightning_prune.structure.calls import as_calls
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.surgery import compact_
+from lightning_prune.structure.surgery import compact
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,19 +46,18 @@ def compress(
         raise OptionError(
             f"{type(method).__name__} acts while a model trains. Put it into Trainer(callbacks=[...]) and fit."
         )
+    task = Task.of(model, Probe.of_data(model, data, loss), as_calls(example_inputs))
+    method.claim(model)
+    done = method.met(task) is not None
+    plan = Plan() if done else method.decided(task, method.score(task))
     try:
-        small = copy.deepcopy(model)
+        small = compact(model, plan, task.calls)
     except (RuntimeError, TypeError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied: {error}. Remove what stands in the way, such as torch.nn.utils.weight_norm of the old kind."
         ) from error
-    task = Task.of(small, Probe.of_data(small, data, loss), as_calls(example_inputs))
-    method.claim(small)
-    if method.met(task) is None:
-        plan = method.decided(task, method.score(task))
-        compact_(small, plan, task.calls)
-        if data is not None:
-            task.probe.recalibrate(method.recalibrate_bn)
+    if data is not None and not done:
+        Probe.of_data(small, data, loss).recalibrate(method.recalibrate_bn)
     return small, plan_of(small)
 
 

@@ -13,7 +13,7 @@ place of ``e``: then one share of lost energy, common to all layers, is chosen a
 
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class TRP(Compression):
         OptionError: If an argument is of the wrong type or out of range.
     """
 
-    gradual: ClassVar[bool] = True
+    gradual = True
 
     def __init__(
         self,

@@ -1,0 +1,162 @@
+"""Removal of the channels whose weights are smallest.
+
+Li, Kadav, Durdanovic, Samet and Graf, "Pruning Filters for Efficient ConvNets", ICLR 2017 (arXiv:1608.08710) rank the filters of a layer by
+the sum of their absolute weights. Here a unit is whatever leaves together (:mod:`lightning_prune.structure.groups`), so its score is the
+mean of the norms of all its slices of weights, those that write the channel and those that read it; scores of a group are divided by their
+mean, so that groups of different scale can compete under one budget. The paper prunes every layer by a share of its own: ``scope="uniform"``.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_prune.callback.channels import ChannelPruning, Schedule, check_structured
+from lightning_prune.callback.task import Task
+from lightning_prune.errors import ModelError, OptionError
+from lightning_prune.structure.groups import Structure
+from lightning_prune.structure.select import Pattern
+
+Normalization = Literal["mean", "max", "none"]
+
+
+def slice_norms(weight: Tensor, axis: int, units: np.ndarray, count: int, norm: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the norm of every unit's slice of a weight.
+
+    Args:
+        weight: The weight, any shape.
+        axis: The axis that units lie along; with ``units`` of two axes those are the first two.
+        units: Unit per index, ``[size]`` or ``[rows, columns]``; -1 for none.
+        count: Number of units of the model.
+        norm: 1 or 2.
+
+    Returns:
+        Norms, ``[count]``, float64, and whether the unit has a slice here, ``[count]``, boolean.
+    """
+    powers = weight.detach().double().abs() ** norm
+    kept = (0, 1) if units.ndim == 2 else (axis,)
+    others = [a for a in range(powers.ndim) if a not in kept]
+    sums = (powers.sum(others) if others else powers).cpu().numpy().reshape(-1)
+    flat = units.reshape(-1)
+    inside = flat >= 0
+    total = np.bincount(flat[inside], sums[inside], minlength=count)
+    return total ** (1 / norm), np.bincount(flat[inside], minlength=count) > 0
+
+
+def unit_norms(model: torch.nn.Module, structure: Structure, norm: int) -> np.ndarray:
+    """Return the mean over its slices of weights of each unit's norm, ``[units]``; biases and normalizations do not count.
+
+    Args:
+        model: The model.
+        structure: Its units.
+        norm: 1 or 2.
+    """
+    parameters = dict(model.named_parameters())
+    total, times = np.zeros(structure.count), np.zeros(structure.count)
+    for name, slots in structure.by_tensor.items():
+        if name in parameters and parameters[name].ndim >= 2:
+            for slot in slots:
+                norms, here = slice_norms(parameters[name], slot.axis, slot.units, structure.count, norm)
+                total += norms
+                times += here
+    return total / np.maximum(times, 1)
+
+
+def normalized(scores: np.ndarray, groups: Sequence[np.ndarray], by: Normalization) -> np.ndarray:
+    """Divide the scores of every group by their mean or their largest; a group of zeros stays.
+
+    Args:
+        scores: ``[units]``.
+        groups: Units of each group.
+        by: ``"mean"``, ``"max"`` or ``"none"``.
+    """
+    found = scores.copy()
+    for units in groups if by != "none" else ():
+        scale = scores[units].mean() if by == "mean" else scores[units].max()
+        found[units] = scores[units] / (scale or 1.0)
+    return found
+
+
+class Magnitude(ChannelPruning):
+    """Remove the channels, heads and hidden units with the smallest weights.
+
+    Give exactly one of ``flops``, ``params``, ``sparsity``.
+
+    Args:
+        structured: Whole channels; single weights are not offered yet.
+        norm: 1 or 2: the norm of a slice of weights.
+        normalize: ``"mean"`` or ``"max"``: scores are divided by the mean or the largest of their group; ``"none"`` compares them as they are.
+        flops: Bound on the multiply-adds of the model: share of the dense one (float) or a count for the example inputs (int).
+        params: Bound on its parameters, likewise.
+        sparsity: Share of the channels that leave, in [0, 1).
+        align: Channels kept are multiples of it; 1 switches that off.
+        min_channels: At least so many channels of a group stay.
+        scope: ``"global"``: scores compete over all groups. ``"uniform"``: the same share of every group leaves.
+        include: Layers whose channels may leave: names, globs or module types; None takes all.
+        exclude: Layers whose channels stay, likewise.
+        start_epoch: First epoch in which a gradual run masks.
+        until_epoch: Epoch at whose start a gradual run has reached its target; None shrinks at the start of the fit.
+        every_n_epochs: Epochs between the steps of a gradual run.
+        schedule: How the target is approached: ``"cubic"`` or ``"linear"``.
+        recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards; 0 leaves them.
+
+    Raises:
+        OptionError: If an argument is of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        structured: bool = True,
+        norm: Literal[1, 2] = 2,
+        normalize: Normalization = "mean",
+        flops: float | int | None = None,
+        params: float | int | None = None,
+        sparsity: float | None = None,
+        align: int = 8,
+        min_channels: int = 1,
+        scope: Literal["global", "uniform"] = "global",
+        include: Pattern | Sequence[Pattern] | None = None,
+        exclude: Pattern | Sequence[Pattern] | None = None,
+        start_epoch: int = 0,
+        until_epoch: int | None = None,
+        every_n_epochs: int = 1,
+        schedule: Schedule = "cubic",
+        recalibrate_bn: int = 8,
+    ) -> None:
+        super().__init__(
+            flops=flops,
+            params=params,
+            sparsity=sparsity,
+            align=align,
+            min_channels=min_channels,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            start_epoch=start_epoch,
+            until_epoch=until_epoch,
+            every_n_epochs=every_n_epochs,
+            schedule=schedule,
+            recalibrate_bn=recalibrate_bn,
+        )
+        self.structured, self.norm, self.normalize = structured, norm, normalize
+        check_structured("Magnitude", structured)
+        if norm not in (1, 2) or isinstance(norm, bool):
+            raise OptionError(f"Magnitude(norm={norm!r}): give 1 or 2.")
+        if normalize not in ("mean", "max", "none"):
+            raise OptionError(f"Magnitude(normalize={normalize!r}): give 'mean', 'max' or 'none'.")
+
+    def score_units(self, task: Task, structure: Structure) -> np.ndarray:
+        """Return the normalized mean norm of every unit's weights.
+
+        Raises:
+            ModelError: If weights are not finite; names the group.
+        """
+        scores = unit_norms(task.model, structure, self.norm)
+        for group in structure.groups:
+            if not np.isfinite(scores[group.units]).all():
+                raise ModelError(
+                    f"Magnitude: the weights of {group.name!r} are not finite. Look for a diverged training."
+                )
+        return normalized(scores, [group.units for group in structure.groups], self.normalize)
