@@ -1,26 +1,54 @@
-"""Masks that hold: entries of parameters kept at zero while a model trains."""
+"""Masks that hold: entries and slices of parameters kept at zero while a model trains."""
+
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.steps import MaskWeight
+from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
 
 
 class Masks:
-    """The masks of a plan, on the devices of the model's parameters.
+    """Masks of a model, on the devices of its parameters.
 
     Args:
         model: The model that carries the plan.
-        plan: Its :class:`~lightning_prune.structure.plan.MaskWeight` steps are taken; others do not matter here. A mask of a layer
-            that a later step replaced is gone with the layer.
+        plan: Its :class:`~lightning_prune.structure.steps.MaskWeight` steps are taken; :class:`~lightning_prune.structure.steps.KeepChannels` steps
+            after them cut the masks, too. A mask of a layer that a later step replaced is gone with the layer.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        steps = [step for step in plan.steps if isinstance(step, MaskWeight) and step.key in parameters]
-        self.parameters = [parameters[step.key] for step in steps]
-        self.masks = [step.mask.to(p.device, p.dtype) for step, p in zip(steps, self.parameters, strict=True)]
+        tensors = _tensors(model)
+        self._set(
+            (tensors[step.key], _cut(step, plan.steps[place + 1 :], tensors))
+            for place, step in enumerate(plan.steps)
+            if isinstance(step, MaskWeight) and step.key in tensors
+        )
+
+    @classmethod
+    def pending(cls, model: nn.Module, steps: Sequence[Step]) -> Self:
+        """Return the masks of steps that are decided but not applied: what they will remove is held at zero until then.
+
+        Args:
+            model: The model in the shapes from before ``steps``.
+            steps: Of :class:`~lightning_prune.structure.steps.MaskWeight` the entries, of :class:`~lightning_prune.structure.steps.KeepChannels` the
+                slices where the removed channels come from; others are passed over.
+        """
+        masks, tensors = cls.__new__(cls), _tensors(model)
+        pairs = [(step.key, step.mask) for step in steps if isinstance(step, MaskWeight)]
+        for step in steps:
+            if isinstance(step, KeepChannels):
+                slices = {step.key(name): cut.zero_mask() for name, cut in step.tensors.items()}
+                pairs += [(key, mask) for key, mask in slices.items() if mask is not None]
+        masks._set((tensors[key], mask) for key, mask in pairs)
+        return masks
+
+    def _set(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        taken = list(pairs)
+        self.parameters = [parameter for parameter, _ in taken]
+        self.masks = [mask.to(parameter.device, parameter.dtype) for parameter, mask in taken]
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -39,9 +67,26 @@ class Masks:
         for parameter, mask in zip(self.parameters, self.masks, strict=True):
             kept = optimizer.state.get(parameter, {}) if optimizer is not None else {}
             tensors = [
-                v for v in kept.values() if isinstance(v, Tensor) and v.shape == mask.shape and v.is_floating_point()
+                v
+                for v in kept.values()
+                if isinstance(v, Tensor) and v.shape == parameter.shape and v.is_floating_point()
             ]
             state += tensors
             masks += [mask.to(tensor.dtype) for tensor in tensors]
         if state:
             torch._foreach_mul_(state, masks)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+
+
+def _cut(step: MaskWeight, later: Sequence[Step], tensors: dict[str, Tensor]) -> Tensor:
+    """Cut a mask as the steps after it cut its parameter, whichever of the names of a tied one they use."""
+    mask = step.mask
+    for cutting in later:
+        if isinstance(cutting, KeepChannels):
+            for name, cut in cutting.tensors.items():
+                if tensors.get(cutting.key(name)) is tensors[step.key]:
+                    mask = cut.select(mask)
+    return mask

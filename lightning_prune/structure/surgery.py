@@ -1,34 +1,34 @@
 """Make a model smaller as a plan says: exactly, or not at all.
 
 ``compact`` proves itself. The model in its old shapes, with the values that the plan stands for, and the model in its new shapes are run on
-the same inputs, in eval and in train mode; a difference beyond rounding is an error that names the first layer where it shows.
+the same inputs, in eval and in train mode; a difference beyond rounding is an error that names the first layer where it shows
+(:mod:`lightning_prune.structure.proof`), and the model is what it was before.
+
+Memory: steps swap the storages of tensors and never write into them, so going back costs no copy. At most twice the parameters are held at once,
+the values before and the masked ones; the smaller ones take the place of the masked ones one by one. The copy that ``compact`` returns shares its
+parameters with the model until they are cut, so it needs no more than that either, the model included.
 """
 
+import contextlib
 import copy
-import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import ModelError
+from lightning_prune.errors import PlanError
 from lightning_prune.structure.calls import Call
 from lightning_prune.structure.carrier import attach, plan_of
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.preserve import preserved
+from lightning_prune.structure.proof import Proof
+from lightning_prune.structure.steps import KeepChannels, OpenHeads
+from lightning_prune.structure.steps.base import settle, swap
 
-Mode = Literal["eval", "train"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-
-log = logging.getLogger(__name__)
-
-# Largest difference that rounding explains, as a share of the largest value of the same tensor. Two factors reorder the sums of one
-# layer; normalization in train mode divides by a deviation that carries the error of the layers before it.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 5e-2}
+M = TypeVar("M", bound=nn.Module)
 
 
-def compact(model: nn.Module, plan: Plan, calls: Sequence[Call] = ()) -> nn.Module:
+def compact(model: M, plan: Plan, calls: Sequence[Call] = ()) -> M:
     """Return a smaller copy of ``model``; the model itself is left as it is.
 
     Args:
@@ -40,84 +40,81 @@ def compact(model: nn.Module, plan: Plan, calls: Sequence[Call] = ()) -> nn.Modu
         PlanError: If the plan is for another model.
         ModelError: If the smaller model does not compute what the plan stands for.
     """
-    small = copy.deepcopy(model)
+    shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
+    small = copy.deepcopy(model, dict(shared))
     compact_(small, plan, calls)
+    storages = {_storage(p) for p in model.parameters()}
+    for module in small.modules():
+        for p in module.parameters(recurse=False):
+            if _storage(p) in storages:
+                p.data = p.data.clone()
+        settle(module)
     return small
 
 
 def compact_(model: nn.Module, plan: Plan, calls: Sequence[Call] = ()) -> None:
-    """Make ``model`` smaller in place; see :func:`compact`. The model carries the plan afterwards."""
-    for step in plan.steps:
-        step.find(model)
-    layers = [step.module for step in plan.steps]
-    for step in plan.steps:
-        step.emulate(model)
-    before = [_outputs(model, calls, layers, mode) for mode in MODES]
-    for step in plan.steps:
-        step.apply(model)
-    after = [_outputs(model, calls, layers, mode) for mode in MODES]
-    for expected, found in zip(before, after, strict=True):
-        _compare(expected, found)
-    attach(model, plan_of(model).then(plan))
+    """Make ``model`` smaller in place; see :func:`compact`. The model carries the plan afterwards, and after an error it is what it was."""
+    widths = any(isinstance(step, KeepChannels | OpenHeads) for step in plan.steps)
+    with _undone_on_error(model):
+        proof = Proof(calls, [step.module for step in plan.steps], widths)
+        if calls:
+            mask_(model, plan)
+            proof.expect(model)
+        for step in plan.steps:
+            step.apply(model)
+        proof.check(model)
+        attach(model, plan_of(model).then(plan))
 
 
-def _outputs(model: nn.Module, calls: Sequence[Call], layers: Sequence[str], mode: Mode) -> dict[str, list[Tensor]]:
-    """Run ``calls`` on perturbed inputs; return the tensors that each of ``layers``, and at last the model, gave."""
-    seen: dict[str, list[Tensor]] = {}
+def mask_(model: nn.Module, plan: Plan) -> None:
+    """Give ``model`` the values that ``plan`` stands for, shapes kept, in place: what :func:`compact` is compared with.
 
-    def watch(name: str) -> Any:
-        return lambda _module, _args, output: seen.setdefault(name, []).extend(
-            t.detach().clone() for t in _tensors(output)
-        )
+    Removed entries and channels become zero, with their bias and the scale and shift of their normalization; weights that will be
+    factorized get their rank. The model does not carry the plan afterwards. After an error it is what it was.
 
-    with preserved(model, mode=mode), torch.no_grad():
-        for name in layers:
-            model.get_submodule(name).register_forward_hook(watch(name))
-        torch.manual_seed(0)
-        perturbed = [Call(call.module, _perturb(call.args), _perturb(dict(call.kwargs))) for call in calls]
+    Args:
+        model: The model that ``plan`` was decided for.
+        plan: The steps of one stage.
+
+    Raises:
+        PlanError: If the plan is for another model, or changes again what it has changed already.
+    """
+    with _undone_on_error(model):
         try:
-            results = [call.run(model) for call in perturbed]
-        except ValueError as error:
-            if mode == "train" and "more than 1 value per channel" in str(error):
-                log.debug("The self-check skips train mode: batch normalization needs more than one value per channel.")
-                return {}
-            raise
-        seen["the output of the model"] = [t.detach() for result in results for t in _tensors(result)]
-    return seen
+            for step in plan.steps:
+                step.emulate(model)
+        except PlanError as error:
+            if len(plan.stages) < 2:
+                raise
+            raise PlanError(
+                f"{error} The plan holds {len(plan.stages)} stages, and a later one may change what an earlier one has made smaller. "
+                "Take the stages one after the other."
+            ) from error
 
 
-def _compare(expected: dict[str, list[Tensor]], found: dict[str, list[Tensor]]) -> None:
-    for name, tensors in expected.items():
-        for old, new in zip(tensors, found[name], strict=True):
-            scale = max(float(old.abs().max()), torch.finfo(old.dtype).tiny) if old.numel() else 1.0
-            gap = float((old.double() - new.double()).abs().max()) / scale if old.numel() else 0.0
-            if old.shape != new.shape or not gap <= TOLERANCE.get(old.dtype, 1e-3):
-                raise ModelError(
-                    f"The self-check failed at {name!r}: compact and masked model differ by {gap:.1e} of the largest value, allowed "
-                    f"{TOLERANCE.get(old.dtype, 1e-3):.0e}. Exclude this layer and report it; the change was not exact."
-                )
+@contextlib.contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Put modules, their attributes and the storages of all tensors back if the block raises."""
+    modules = [(module, dict(vars(module))) for module in model.modules()]
+    held: list[dict[str, Any]] = [d for m, _ in modules for d in (m._parameters, m._buffers, m._modules)]
+    members = [(entries, dict(entries)) for entries in held]
+    tensors = [(t, t.data, t.grad) for group in (model.parameters(), model.buffers()) for t in group]
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            for module, attributes in modules:
+                vars(module).clear()
+                vars(module).update(attributes)
+            for entries, saved in members:
+                entries.clear()
+                entries.update(saved)
+            for tensor, data, grad in tensors:
+                swap(tensor, data)
+                tensor.grad = grad
 
 
-def _perturb(value: Any) -> Any:
-    """Move floating tensors by a tenth of their spread, within their range; everything else stays."""
-    if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-        noise = 0.1 * value.std(correction=0) * torch.randn_like(value)
-        return (value + noise).clamp(value.min(), value.max())
-    if isinstance(value, dict):
-        return {key: _perturb(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_perturb(item) for item in value)
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the floating tensors in nested outputs."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
+def _storage(tensor: Tensor) -> int | None:
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
