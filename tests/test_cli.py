@@ -277,7 +277,7 @@ def test_inspect_counts_what_the_layers_have(here, capfd, name):
 
 
 def test_help_has_examples_and_exits_with_0(capsys):
-    for command in ([], ["run"], ["export"], ["validate"], ["inspect"]):
+    for command in ([], ["run"], ["export"], ["validate"], ["inspect"], ["compare"]):
         assert main([*command, "--help"]) == 0
         assert "examples:\n  lightning-prune " in capsys.readouterr().out
     assert main(["--version"]) == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -111,6 +112,32 @@ def validate(options: Any, overrides: Overrides) -> int:
     return _tell(report, report.save(output))
 
 
+def compare(options: Any, overrides: Overrides) -> int:
+    """Run several recipes under several seeds and report; return the exit code."""
+    from lightning_prune import recipe as recipes
+    from lightning_prune.recipe import compare as comparing
+    from lightning_prune.recipe.trials import read_seeds
+
+    if any(path == "seed" for path, _ in overrides):
+        raise OptionError("--seed belongs to one run; a comparison takes --seeds, such as --seeds 0,1,2.")
+    seeds = read_seeds(options.seeds)
+    given = [(name, recipes.load(name, overrides)) for name in options.recipes]
+    folder = Path(options.output or _free_folder("compare"))
+    words = [PROGRAM, "compare", *options.recipes, "--seeds", ",".join(map(str, seeds)) + "," * (len(seeds) == 1)]
+    words += [word for path, value in overrides for word in (f"--{path}", value)]
+    words += ["--output", str(folder), *(["--keep-going"] if options.keep_going else [])]
+    settings = comparing.Settings(seeds, options.keep_going, shlex.join(words), sys.stderr.isatty())
+    try:
+        found, page = comparing.compare(given, folder, settings)
+    except KeyboardInterrupt:
+        hint = f" Go on with: {settings.command}" if (folder / "compare.json").is_file() else ""
+        sys.stderr.write(f"\nInterrupted.{hint}\n")
+        return INTERRUPTED
+    _console(width=160).print(found.table())
+    _last_line(page)
+    return GATE_MISSED if found.failures else PASSED
+
+
 def inspect(options: Any, overrides: Overrides) -> int:
     """Show the plan in a checkpoint or an ONNX file; return the exit code."""
     path = Path(options.file)
@@ -167,7 +194,7 @@ def count_parameters(state: Mapping[str, Any], plan: "Plan") -> int:
         plan: The plan that the state dict carries.
     """
     dense = {name for name, _ in plan.origin.parameters} if plan.origin is not None else set()
-    inside = tuple(f"{step.module}." for step in plan.steps)
+    inside = tuple(f"{step.module}." for step in plan.steps if step.action == "factorize")
     found = {
         t.data_ptr(): t.numel()
         for name, t in state.items()
@@ -240,7 +267,7 @@ def _last_line(path: Any) -> None:
     sys.stdout.write(f"{path}\n")
 
 
-def _console() -> "Console":
+def _console(width: int = 140) -> "Console":
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else width)

@@ -11,6 +11,9 @@ from lightning_prune.errors import OptionError
 from lightning_prune.recipe.words import did_you_mean
 
 PROGRAM = "lightning-prune"
+# What commands that take keys of a recipe keep for themselves, and which of it takes no value.
+_OWN = {"run": ("--output", "--resume", "--help"), "compare": ("--output", "--seeds", "--keep-going", "--help")}
+_FLAGS = ("--help", "--keep-going")
 _CLASS_OPTION = re.compile(r"--(model|data)\.")
 
 _EXAMPLES = {
@@ -20,7 +23,8 @@ _EXAMPLES = {
   lightning-prune run --resume runs/digits-trp
   lightning-prune export small.ckpt --model pkg.mod.LitNet --output small.onnx
   lightning-prune validate small.onnx --reference dense.onnx --data pkg.mod.DataModule --max-drop 0.01 --min-speedup 1.5
-  lightning-prune inspect small.ckpt""",
+  lightning-prune inspect small.ckpt
+  lightning-prune compare digits-trp.yaml digits-lowrank.yaml --seeds 0,1,2""",
     "run": """Every key of the recipe can be set: --seed 3, --trainer.accelerator gpu, --stages.1.fit.max_epochs 5, --model pkg.mod.LitNet.
 
 examples:
@@ -41,6 +45,15 @@ examples:
     "inspect": """examples:
   lightning-prune inspect small.ckpt
   lightning-prune inspect small.onnx --json""",
+    "compare": """The dense model and, for every budget, a random control are always in the table. The recipes share model, data, metric and
+the stages up to the dense model, which is trained once per seed. Their gates are left out.
+Every key can be set, for all recipes at once: --trainer.accelerator gpu, --data.init_args.batch_size 32.
+Stopped, it goes on where it was: start it again with the same --output.
+
+examples:
+  lightning-prune compare digits-trp.yaml digits-lowrank.yaml
+  lightning-prune compare digits-trp.yaml digits-lowrank.yaml --seeds 0,1,2,3,4 --output runs/digits --keep-going
+  lightning-prune compare mine.yaml --seeds 2 --model pkg.mod.LitNet --data pkg.mod.DataModule""",
 }
 
 
@@ -66,7 +79,9 @@ class _Parser(jsonargparse.ArgumentParser):
         if missing is not None:
             raise OptionError(f"Missing: {re.sub(r'[a-z]+[.]', '', missing[1])}. See {PROGRAM} COMMAND --help.") from ex
         if "was not provided" in text and "command" in text:
-            raise OptionError(f"A command is missing: run, export, validate or inspect. See {PROGRAM} --help.") from ex
+            raise OptionError(
+                f"A command is missing: run, export, validate, inspect or compare. See {PROGRAM} --help."
+            ) from ex
         wrong = re.search(r"Parser key \"(\w+)\": Expected an? <class '(\w+)'>. Got value: (.*)", text)
         if wrong is not None:
             name, kind, got = wrong.groups()
@@ -132,6 +147,17 @@ def build_parser() -> jsonargparse.ArgumentParser:
     inspect.add_argument("file", type=str, metavar="CKPT|ONNX", help="checkpoint or ONNX file of a compact model")
     inspect.add_argument("--json", action="store_true", help="as JSON")
     commands.add_subcommand("inspect", inspect, help="what was removed, layer by layer")
+
+    compare = _command("Run several recipes under several seeds: one table, one picture.", "compare")
+    compare.add_argument(
+        "recipes", nargs="+", type=str, metavar="RECIPE", help="YAML files, or names of shipped recipes"
+    )
+    compare.add_argument(
+        "--seeds", type=str, default="3", help="seeds with commas, 0,1,2, or how many from 0 on (default: 3)"
+    )
+    compare.add_argument("--output", type=str, help="folder to write into or to go on in (default: runs/compare)")
+    compare.add_argument("--keep-going", action="store_true", help="note a cell that fails and run the next one")
+    commands.add_subcommand("compare", compare, help="several recipes over several seeds: a table and a picture")
     return parser
 
 
@@ -140,7 +166,8 @@ def split_overrides(words: Sequence[str], command: str) -> tuple[list[str], list
 
     Args:
         words: What follows the command.
-        command: ``run`` takes every option that is not its own for a key of the recipe; others take ``--model.X`` and ``--data.X``.
+        command: ``run`` and ``compare`` take every option that is not their own for a key of the recipe; others take ``--model.X`` and
+            ``--data.X``.
 
     Returns:
         The words left, and the paths with their values.
@@ -154,10 +181,10 @@ def split_overrides(words: Sequence[str], command: str) -> tuple[list[str], list
     while queue:
         word = queue.pop(0)
         name, equals, value = word.partition("=")
-        own = name in ("--output", "--resume", "--help")
-        if not name.startswith("--") or (own if command == "run" else not _CLASS_OPTION.match(name)):
+        own = name in _OWN.get(command, ())
+        if not name.startswith("--") or (own if command in _OWN else not _CLASS_OPTION.match(name)):
             kept.append(word)
-            if own and not equals and queue and name != "--help":
+            if own and not equals and queue and name not in _FLAGS:
                 kept.append(queue.pop(0))
             continue
         if not equals:

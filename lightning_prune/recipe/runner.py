@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,19 +66,27 @@ def run(recipe: Recipe, folder: str | os.PathLike[str]) -> Outcome:
     Raises:
         LightningPruneError: If the recipe, the model or the folder does not allow it; nothing is written unless training began.
     """
-    with _modest_noise():
+    with modest_noise():
         checks.check(recipe)
         if not _is_first_process():
             return _run(Folder.reopen(Path(os.environ[_FOLDER_VARIABLE]), recipe))
         return _run(Folder.create(Path(folder).absolute(), recipe))
 
 
-def resume(folder: str | os.PathLike[str], recipe: Recipe | None = None) -> Outcome:
+def resume(
+    folder: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    callbacks: Sequence[Any] = (),
+    progress: bool | None = None,
+) -> Outcome:
     """Go on after the last finished stage, or after the last finished epoch of the stage that was stopped.
 
     Args:
         folder: Output folder of the stopped run.
         recipe: Expected to be the one of that run; None takes that one.
+        callbacks: Look on in every stage, behind the methods.
+        progress: Whether the validation shows bars; None shows them on a terminal.
 
     Returns:
         What the run left.
@@ -86,29 +94,29 @@ def resume(folder: str | os.PathLike[str], recipe: Recipe | None = None) -> Outc
     Raises:
         LightningPruneError: As :func:`run`, and if the folder belongs to another recipe.
     """
-    with _modest_noise():
+    with modest_noise():
         opened = Folder.reopen(Path(folder).absolute(), recipe)
         checks.check(opened.recipe)
-        return _run(opened)
+        return _run(opened, callbacks, progress)
 
 
-def _run(folder: Folder) -> Outcome:
+def _run(folder: Folder, callbacks: Sequence[Any] = (), progress: bool | None = None) -> Outcome:
     recipe = folder.recipe
     os.environ[_FOLDER_VARIABLE] = str(folder.path)
     try:
         for number, stage in enumerate(recipe.stages):
             if stage.name not in folder.done:
-                _fit(folder, stage, number)
+                _fit(folder, stage, number, callbacks)
     finally:
         if _is_first_process():
             os.environ.pop(_FOLDER_VARIABLE, None)
     small = _load(folder, recipe.stages[-1])
     if recipe.export is None or not _is_first_process():
         return Outcome(folder.path, plan_of(small))
-    return _export_and_validate(folder, small)
+    return _export_and_validate(folder, small, sys.stderr.isatty() if progress is None else progress)
 
 
-def _fit(folder: Folder, stage: Stage, number: int) -> None:
+def _fit(folder: Folder, stage: Stage, number: int, callbacks: Sequence[Any]) -> None:
     """Run one stage and leave its result under ``stages/``."""
     recipe, methods = folder.recipe, checks.methods(stage, number)
     package = package_of(objects.model_class(recipe.model.class_path))
@@ -123,7 +131,7 @@ def _fit(folder: Folder, stage: Stage, number: int) -> None:
         model,
         {"enable_model_summary": False, **checks.trainer_arguments(recipe, stage, number)},  # it is in the folder
         f"stages.{number}.fit",
-        callbacks=[*methods, RandomState(), Provenance(recipe, stage.name), keep],
+        callbacks=[*methods, RandomState(), Provenance(recipe, stage.name), *callbacks, keep],
         logger=package.loggers.CSVLogger(folder.path, name="logs", version=folder.log_name(stage.name)),
         plugins=[checkpoint_io(package)],
         default_root_dir=folder.path,
@@ -147,14 +155,27 @@ def _start(folder: Folder, stage: Stage) -> Any:
 
 def _load(folder: Folder, result: Stage, stage: Stage | None = None) -> Any:
     """Load the result of a stage, with the model's arguments of that stage or of another one."""
-    model = folder.recipe.model
-    cls = objects.model_class(model.class_path)
-    arguments = {**model.init_args, **(stage or result).init_args}
+    return load_model(folder.recipe, folder.result(result.name), stage or result)
+
+
+def load_model(recipe: Recipe, path: Path, stage: Stage) -> Any:
+    """Load a checkpoint of a run.
+
+    Args:
+        recipe: Names the model.
+        path: The checkpoint, of a dense or a compact model.
+        stage: Whose arguments the model gets.
+
+    Raises:
+        LightningPruneError: If it cannot be read or belongs to another model.
+    """
+    cls = objects.model_class(recipe.model.class_path)
+    arguments = {**recipe.model.init_args, **stage.init_args}
     values = objects.checked(cls, arguments, "model.init_args")
-    return load_from_checkpoint(cls, folder.result(result.name), require_plan=False, **values)
+    return load_from_checkpoint(cls, path, require_plan=False, **values)
 
 
-def _export_and_validate(folder: Folder, small: Any) -> Outcome:
+def _export_and_validate(folder: Folder, small: Any, progress: bool) -> Outcome:
     from lightning_prune.export import export_onnx, validate_onnx
 
     recipe, plan = folder.recipe, plan_of(small)
@@ -164,7 +185,8 @@ def _export_and_validate(folder: Folder, small: Any) -> Outcome:
     example = example_inputs(small, recipe)
     if recipe.dense is not None:
         files["dense"] = folder.path / "dense.onnx"
-        export_onnx(_load(folder, recipe.dense), files["dense"], example, provenance=provenance, **options)
+        if not files["dense"].is_file():  # whole, if it is there, and never another one in this folder
+            export_onnx(_load(folder, recipe.dense), files["dense"], example, provenance=provenance, **options)
     export_onnx(small, files["small"], example, provenance=provenance, **options)
     if recipe.validate is None:
         return Outcome(folder.path, plan)
@@ -176,7 +198,7 @@ def _export_and_validate(folder: Folder, small: Any) -> Outcome:
         dataloader=loader,
         model=small,
         extra={"recipe": recipe.to_dict()},
-        progress=sys.stderr.isatty(),
+        progress=progress,
         **arguments,
     )
     return Outcome(folder.path, plan, report, report.save(folder.path / "report"))
@@ -215,7 +237,7 @@ def evaluation_loader(data: Any) -> Any:
     for stage, name in (("test", "test_dataloader"), ("validate", "val_dataloader")):
         if not _defines(data, name):
             continue
-        with _modest_noise():
+        with modest_noise():
             data.prepare_data()
             data.setup(stage)
             loader = getattr(data, name)()
@@ -266,7 +288,7 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _modest_noise() -> Iterator[None]:
+def modest_noise() -> Iterator[None]:
     """Keep Lightning's lines on hardware and its tips away; warnings about model and training stay."""
     names = (
         "pytorch_lightning.utilities.rank_zero",
