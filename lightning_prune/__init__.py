@@ -14,7 +14,7 @@ _HOME = {
     "compress": "lightning_prune.callback",
     "count_flops": "lightning_prune.flops",
     "load_from_checkpoint": "lightning_prune.checkpoint",
-    "explain": "lightning_prune.explain",
+    "explain": "lightning_prune.explanation",
     "LowRank": "lightning_prune.methods",
     "Magnitude": "lightning_prune.methods",
     "Plan": "lightning_prune.structure.plan",

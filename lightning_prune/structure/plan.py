@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -161,7 +162,8 @@ class Plan:
         table = Table("layer", "action", "before", "after", "kept", "reason if left alone", title=title)
         for row in self.rows():
             kept = "" if row["kept"] is None else f"{row['kept']:.1%}"
-            table.add_row(row["layer"], row["action"], row["before"], row["after"], kept, row["reason"])
+            cells = (row["layer"], row["action"], row["before"], row["after"], kept, row["reason"])
+            table.add_row(*map(escape, cells))  # a reason quotes code, whose brackets are no markup
         return table
 
     def to_json(self) -> str:
