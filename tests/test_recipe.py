@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from networks import resnet18
+from torch import nn
 
+from lightning_prune import compress
 from lightning_prune import recipe as recipes
 from lightning_prune.checkpoint import load_from_checkpoint, plan_in, read_checkpoint
 from lightning_prune.errors import LightningPruneError, OptionError, RecipeError
@@ -167,16 +170,54 @@ def test_a_file_wins_over_a_shipped_recipe_of_the_same_name(tmp_path, monkeypatc
 
 def test_every_shipped_recipe_can_run_and_says_its_four_facts():
     names = recipes.shipped()
-    assert {"digits-lowrank.yaml", "digits-trp.yaml"} <= set(names)
-    for name in names:
+    assert {f"digits-{name}.yaml" for name in ("lowrank", "magnitude", "random", "trp")} <= set(names)
+    assert {f"paper/{path.name}" for path in PAPERS} == {name for name in names if "/" in name}
+    for name in (name for name in names if "/" not in name):
         recipe = recipes.load(name)
         checks.check(recipe)
         assert recipe.dense is not None
         assert parse(recipe.to_dict()) == recipe == parse(yaml.safe_load(recipe.to_yaml()))
-        header = (REPOSITORY / "recipes" / name).read_text().splitlines()[:4]
-        for line, fact in zip(header, ("Run time", "Hardware", "Versions", "Accuracy"), strict=True):
-            assert line.startswith(f"# {fact}: ")
-            assert len(line) > len(f"# {fact}: ") + 5
+        assert_four_facts(REPOSITORY / "recipes" / name)
+
+
+def assert_four_facts(path):
+    header = path.read_text().splitlines()[:4]
+    for line, fact in zip(header, ("Run time", "Hardware", "Versions", "Accuracy"), strict=True):
+        assert line.startswith(f"# {fact}: ")
+        assert len(line) > len(f"# {fact}: ") + 5
+
+
+PAPERS = sorted((REPOSITORY / "recipes" / "paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_recipes_of_papers_ask_for_model_and_data_and_are_right_otherwise(path):
+    assert_four_facts(path)
+    with pytest.raises(RecipeError, match=r"the key 'model' is missing.*--model"):
+        recipes.load(f"paper/{path.name}")
+    given = [("model", "lightning_prune.demo.DigitsNet"), ("data", "lightning_prune.demo.DigitsData")]
+    recipe = recipes.load(str(path), given)
+    assert recipe.dense is not None
+    for number, stage in enumerate(recipe.stages):
+        assert len(checks.methods(stage, number)) == len(stage.methods)
+
+
+def test_the_recipe_for_resnet18_takes_three_tenths_of_the_filters_that_the_paper_would():
+    (path,) = (path for path in PAPERS if path.stem == "magnitude-resnet18")
+    given = [("model", "lightning_prune.demo.DigitsNet"), ("data", "lightning_prune.demo.DigitsData")]
+    (method,) = checks.methods(recipes.load(str(path), given).stages[1], 1)
+    dense = resnet18(width=16)
+    small, _ = compress(dense, method, torch.zeros(1, 3, 32, 32))
+    widths = {
+        name: (m.out_channels, small.get_submodule(name).out_channels)
+        for name, m in dense.named_modules()
+        if isinstance(m, nn.Conv2d)
+    }
+    changed = {name: after / before for name, (before, after) in widths.items() if after != before}
+    assert changed == {f"layer{i}.1.conv1": pytest.approx(0.7, abs=0.04) for i in (1, 2, 3)}
+    assert (
+        sum(after for _, after in widths.values()) == sum(before for before, _ in widths.values()) - 34
+    )  # of 112: 0.3, up
 
 
 # Overrides and variables -----------------------------------------------------------------------------------------------

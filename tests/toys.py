@@ -36,11 +36,21 @@ class ToyMask(Compression):
 
 
 USUAL = {"flops": 0.5, "align": 1, "every_n_steps": 3, "nuclear": 3e-3}
-NAMES = [*methods.__all__, "ToyMask"]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Magnitude-gradually": ("Magnitude", {"until_epoch": 3}),  # masks at the start of epochs 0, 1 and 2
+}
+NAMES = [*methods.__all__, *VARIANTS, "ToyMask"]
+
+
+def kind_of(name: str) -> str:
+    """Return the class name of a method or of a variant of one."""
+    return VARIANTS[name][0] if name in VARIANTS else name
 
 
 def make(name: str, **options: Any) -> Compression:
     """Return a method with options that suit the tests' network, those of ``USUAL`` where it takes them."""
+    if name in VARIANTS:
+        return make(kind_of(name), **(VARIANTS[name][1] | options))
     kind = ToyMask if name == "ToyMask" else getattr(methods, name)
     known = inspect.signature(kind.__init__).parameters
     usual = {key: value for key, value in USUAL.items() if key in known}

@@ -137,3 +137,16 @@ def twin_blocks(groups, scores, ties, align, min_channels, scope):
             left |= after
             order.append(sorted(units))
     return order
+
+
+def channels_kept(groups):
+    """Make the cost that a sparsity bounds: the number of channels that candidates keep.
+
+    >>> group = UnitGroup("conv", np.array([0, 2]), width=4)
+    >>> channels_kept([group])(np.array([True, True, False]))
+    4
+    """
+    candidates = [group for group in groups if group.candidate]
+    units = np.concatenate([np.empty(0, np.int64), *(group.units for group in candidates)])
+    widths = np.concatenate([np.empty(0, np.int64), *(np.full(group.units.size, group.width) for group in candidates)])
+    return lambda kept: int(widths @ kept[units])

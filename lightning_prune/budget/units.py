@@ -22,7 +22,7 @@ from lightning_prune.budget.ties import Tie
 from lightning_prune.errors import BudgetError, ModelError, OptionError
 from lightning_prune.structure.alignment import alignment_unit
 
-__all__ = ["Scope", "Tie", "UnitGroup", "channels_kept", "choose_units", "sparsity_bound"]
+__all__ = ["Scope", "Tie", "UnitGroup", "choose_units"]
 
 Kept = NDArray[np.bool_]
 Scope = Literal["global", "uniform"] | Mapping[str, float]
@@ -80,44 +80,6 @@ def choose_units(
     if bound is None:
         return _within_shares(groups, order, shares or {})
     return _within_bound(groups, order, cost, bound, name)
-
-
-def channels_kept(groups: Sequence[UnitGroup]) -> Callable[[Kept], int]:
-    """Make the cost that a sparsity bounds: the number of channels that candidates keep.
-
-    >>> group = UnitGroup("conv", np.array([0, 2]), width=4)
-    >>> channels_kept([group])(np.array([True, True, False]))
-    4
-    """
-    candidates = [group for group in groups if group.candidate]
-    units = np.concatenate([np.empty(0, np.int64), *(group.units for group in candidates)])
-    widths = np.concatenate([np.empty(0, np.int64), *(np.full(group.units.size, group.width) for group in candidates)])
-    return lambda kept: int(widths @ kept[units])
-
-
-def sparsity_bound(groups: Sequence[UnitGroup], sparsity: float) -> int:
-    """Turn a share of channels to remove into the number of channels that candidates keep at most.
-
-    Args:
-        groups: Groups of units.
-        sparsity: Share of the candidates' channels to remove, in [0, 1).
-
-    Returns:
-        The bound on :func:`channels_kept`: ``(1 - sparsity)`` of all, rounded up.
-
-    Raises:
-        OptionError: If ``sparsity`` is no number in [0, 1).
-
-    >>> sparsity_bound([UnitGroup("conv", np.arange(10), width=1)], 0.7)
-    3
-    """
-    if not _is_number(sparsity) or not 0 <= sparsity < 1:
-        raise OptionError(
-            f"sparsity: must be a number in [0, 1), the share of channels to remove, got {sparsity!r}. "
-            "For half of them write 0.5."
-        )
-    total = sum(group.channels for group in groups if group.candidate)
-    return math.ceil((1 - _as_written(sparsity)) * total)
 
 
 def _check(groups: Sequence[UnitGroup], scores: NDArray[np.float64], align: int, min_channels: int) -> None:

@@ -11,60 +11,81 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from lightning_prune.callback.channels import ChannelPruning, Schedule, check_structured
+from lightning_prune.callback.channels import ChannelPruning, Schedule, check_choice
 from lightning_prune.callback.task import Task
-from lightning_prune.errors import ModelError, OptionError
-from lightning_prune.structure.groups import Structure
+from lightning_prune.errors import ModelError
+from lightning_prune.structure.groups import Slot, Structure
 from lightning_prune.structure.select import Pattern
 
 Normalization = Literal["mean", "max", "none"]
 
 
-def slice_norms(weight: Tensor, axis: int, units: np.ndarray, count: int, norm: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the norm of every unit's slice of a weight.
+def slice_norms(
+    weight: Tensor, slots: Sequence[Slot], kept: NDArray[np.bool_], norm: int
+) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+    """Return the norm of every unit's slice of a weight, along each of its axes that have units.
 
     Args:
         weight: The weight, any shape.
-        axis: The axis that units lie along; with ``units`` of two axes those are the first two.
-        units: Unit per index, ``[size]`` or ``[rows, columns]``; -1 for none.
-        count: Number of units of the model.
+        slots: Which units lie along which axis of it.
+        kept: Units that count, ``[units]``, boolean; slices of others are as good as zero.
         norm: 1 or 2.
 
     Returns:
-        Norms, ``[count]``, float64, and whether the unit has a slice here, ``[count]``, boolean.
+        Per slot the norms, ``[units]``, float64, and whether the unit has a slice there, ``[units]``, boolean.
     """
     powers = weight.detach().double().abs() ** norm
-    kept = (0, 1) if units.ndim == 2 else (axis,)
-    others = [a for a in range(powers.ndim) if a not in kept]
-    sums = (powers.sum(others) if others else powers).cpu().numpy().reshape(-1)
-    flat = units.reshape(-1)
-    inside = flat >= 0
-    total = np.bincount(flat[inside], sums[inside], minlength=count)
-    return total ** (1 / norm), np.bincount(flat[inside], minlength=count) > 0
+    for slot in slots:
+        stays = torch.from_numpy(np.append(kept, True)[slot.units]).to(weight.device)
+        powers *= _along(stays, slot.axis, weight.ndim)
+    found = []
+    for slot in slots:
+        axes = (0, 1) if slot.units.ndim == 2 else (slot.axis,)
+        others = [axis for axis in range(weight.ndim) if axis not in axes]
+        sums = (powers.sum(others) if others else powers).cpu().numpy().reshape(-1)
+        units = slot.units.reshape(-1)
+        inside = units >= 0
+        total = np.bincount(units[inside], sums[inside], minlength=len(kept))
+        norms = total.astype(np.float64) ** (1.0 / norm)
+        found.append((norms, np.bincount(units[inside], minlength=len(kept)) > 0))
+    return found
 
 
-def unit_norms(model: torch.nn.Module, structure: Structure, norm: int) -> np.ndarray:
+def _along(stays: Tensor, axis: int, ndim: int) -> Tensor:
+    """Shape what holds for an axis, or for the first two, so that it broadcasts over a weight of ``ndim`` axes."""
+    if stays.ndim == 2:
+        return stays.view(*stays.shape, *[1] * (ndim - 2))
+    return stays.view([-1 if a == axis else 1 for a in range(ndim)])
+
+
+def unit_norms(
+    model: nn.Module, structure: Structure, norm: int, kept: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
     """Return the mean over its slices of weights of each unit's norm, ``[units]``; biases and normalizations do not count.
 
     Args:
         model: The model.
         structure: Its units.
         norm: 1 or 2.
+        kept: Units that have not been masked, ``[units]``, boolean; by default all. The norms of these are those of the model without the others.
     """
+    kept = np.ones(structure.count, bool) if kept is None else kept
     parameters = dict(model.named_parameters())
     total, times = np.zeros(structure.count), np.zeros(structure.count)
     for name, slots in structure.by_tensor.items():
         if name in parameters and parameters[name].ndim >= 2:
-            for slot in slots:
-                norms, here = slice_norms(parameters[name], slot.axis, slot.units, structure.count, norm)
+            for norms, here in slice_norms(parameters[name], slots, kept, norm):
                 total += norms
                 times += here
     return total / np.maximum(times, 1)
 
 
-def normalized(scores: np.ndarray, groups: Sequence[np.ndarray], by: Normalization) -> np.ndarray:
+def normalized(
+    scores: NDArray[np.float64], groups: Sequence[NDArray[np.int64]], by: Normalization
+) -> NDArray[np.float64]:
     """Divide the scores of every group by their mean or their largest; a group of zeros stays.
 
     Args:
@@ -74,7 +95,7 @@ def normalized(scores: np.ndarray, groups: Sequence[np.ndarray], by: Normalizati
     """
     found = scores.copy()
     for units in groups if by != "none" else ():
-        scale = scores[units].mean() if by == "mean" else scores[units].max()
+        scale = scores[units].mean() if by == "mean" else scores[units].max(initial=0.0)
         found[units] = scores[units] / (scale or 1.0)
     return found
 
@@ -90,7 +111,7 @@ class Magnitude(ChannelPruning):
         normalize: ``"mean"`` or ``"max"``: scores are divided by the mean or the largest of their group; ``"none"`` compares them as they are.
         flops: Bound on the multiply-adds of the model: share of the dense one (float) or a count for the example inputs (int).
         params: Bound on its parameters, likewise.
-        sparsity: Share of the channels that leave, in [0, 1).
+        sparsity: Share of the channels that leave, in [0, 1), or such shares by name or glob of a group.
         align: Channels kept are multiples of it; 1 switches that off.
         min_channels: At least so many channels of a group stay.
         scope: ``"global"``: scores compete over all groups. ``"uniform"``: the same share of every group leaves.
@@ -113,7 +134,7 @@ class Magnitude(ChannelPruning):
         normalize: Normalization = "mean",
         flops: float | int | None = None,
         params: float | int | None = None,
-        sparsity: float | None = None,
+        sparsity: float | dict[str, float] | None = None,
         align: int = 8,
         min_channels: int = 1,
         scope: Literal["global", "uniform"] = "global",
@@ -141,22 +162,21 @@ class Magnitude(ChannelPruning):
             recalibrate_bn=recalibrate_bn,
         )
         self.structured, self.norm, self.normalize = structured, norm, normalize
-        check_structured("Magnitude", structured)
-        if norm not in (1, 2) or isinstance(norm, bool):
-            raise OptionError(f"Magnitude(norm={norm!r}): give 1 or 2.")
-        if normalize not in ("mean", "max", "none"):
-            raise OptionError(f"Magnitude(normalize={normalize!r}): give 'mean', 'max' or 'none'.")
+        check_choice(self, "structured", (True,))
+        check_choice(self, "norm", (1, 2))
+        check_choice(self, "normalize", ("mean", "max", "none"))
 
-    def score_units(self, task: Task, structure: Structure) -> np.ndarray:
-        """Return the normalized mean norm of every unit's weights.
+    def score_units(self, task: Task, structure: Structure, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Return the normalized mean norm of every unit's weights, as if masked units had left.
 
         Raises:
             ModelError: If weights are not finite; names the group.
         """
-        scores = unit_norms(task.model, structure, self.norm)
+        scores = unit_norms(task.model, structure, self.norm, kept)
         for group in structure.groups:
             if not np.isfinite(scores[group.units]).all():
                 raise ModelError(
                     f"Magnitude: the weights of {group.name!r} are not finite. Look for a diverged training."
                 )
-        return normalized(scores, [group.units for group in structure.groups], self.normalize)
+        groups = [group.units[kept[group.units]] for group in structure.groups]
+        return normalized(scores, [units for units in groups if units.size], self.normalize)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lightning_prune.callback.channels import ChannelPruning, Schedule, check_structured
+from lightning_prune.callback.channels import ChannelPruning, Schedule, check_choice
 from lightning_prune.callback.checks import check_integer
 from lightning_prune.callback.task import Task
 from lightning_prune.structure.groups import Structure
@@ -26,7 +27,7 @@ class Random(ChannelPruning):
         seed: Of the draw; the same seed on the same model gives the same units.
         flops: Bound on the multiply-adds of the model: share of the dense one (float) or a count for the example inputs (int).
         params: Bound on its parameters, likewise.
-        sparsity: Share of the channels that leave, in [0, 1).
+        sparsity: Share of the channels that leave, in [0, 1), or such shares by name or glob of a group.
         align: Channels kept are multiples of it; 1 switches that off.
         min_channels: At least so many channels of a group stay.
         scope: ``"global"``: scores compete over all groups. ``"uniform"``: the same share of every group leaves.
@@ -48,7 +49,7 @@ class Random(ChannelPruning):
         seed: int = 0,
         flops: float | int | None = None,
         params: float | int | None = None,
-        sparsity: float | None = None,
+        sparsity: float | dict[str, float] | None = None,
         align: int = 8,
         min_channels: int = 1,
         scope: Literal["global", "uniform"] = "global",
@@ -76,9 +77,9 @@ class Random(ChannelPruning):
             recalibrate_bn=recalibrate_bn,
         )
         self.structured, self.seed = structured, seed
-        check_structured("Random", structured)
+        check_choice(self, "structured", (True,))
         check_integer(self, "seed", 0)
 
-    def score_units(self, task: Task, structure: Structure) -> np.ndarray:
+    def score_units(self, task: Task, structure: Structure, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Return a number in [0, 1) per unit, drawn by ``seed``."""
         return np.random.default_rng(self.seed).random(structure.count)

@@ -122,9 +122,15 @@ def find_recipe(name: str) -> tuple[str, str]:
 
 
 def shipped() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    folder = importlib.resources.files("lightning_prune.recipes")
-    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    """Return the names of the recipes that come with the package; those with the settings of papers are in ``paper/``, last."""
+    top = importlib.resources.files("lightning_prune.recipes")
+    found = {"": top, "paper/": top / "paper"}
+    return [
+        f"{at}{name}"
+        for at, folder in found.items()
+        for name in sorted(e.name for e in folder.iterdir())
+        if name.endswith(".yaml")
+    ]
 
 
 def override(document: Any, path: str, value: Any) -> Any:

@@ -46,12 +46,18 @@ class Masks:
         return masks
 
     def _set(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        taken = list(pairs)
-        self.parameters = [parameter for parameter, _ in taken]
-        self.masks = [mask.to(parameter.device, parameter.dtype) for parameter, mask in taken]
+        self.slices: list[tuple[Tensor, int, Tensor]] = []  # whole slices along one axis: cheap
+        self.entries: list[tuple[Tensor, Tensor]] = []
+        for parameter, mask in pairs:
+            axes = [axis for axis, size in enumerate(mask.shape) if size > 1]
+            if len(axes) == 1 and mask.shape != parameter.shape:
+                gone = (~mask.flatten()).nonzero().flatten().to(parameter.device)
+                self.slices.append((parameter, axes[0], gone))
+            else:
+                self.entries.append((parameter, mask.to(parameter.device, parameter.dtype)))
 
     def __len__(self) -> int:
-        return len(self.masks)
+        return len(self.slices) + len(self.entries)
 
     @torch.no_grad()
     def apply_(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -59,22 +65,19 @@ class Masks:
 
         Momentum and second moments of a masked entry would otherwise push it off zero again in the next step.
         """
-        if not self.masks:
-            return
-        torch._foreach_mul_([p.data for p in self.parameters], self.masks)
-        state: list[Tensor] = []
-        masks: list[Tensor] = []
-        for parameter, mask in zip(self.parameters, self.masks, strict=True):
-            kept = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            tensors = [
-                v
-                for v in kept.values()
-                if isinstance(v, Tensor) and v.shape == parameter.shape and v.is_floating_point()
-            ]
-            state += tensors
-            masks += [mask.to(tensor.dtype) for tensor in tensors]
-        if state:
-            torch._foreach_mul_(state, masks)
+        for parameter, axis, gone in self.slices:
+            for tensor in (parameter.data, *_state(optimizer, parameter)):
+                tensor.index_fill_(axis, gone, 0)
+        if self.entries:
+            pairs = [(p.data, mask) for p, mask in self.entries]
+            pairs += [(t, mask.to(t.dtype)) for p, mask in self.entries for t in _state(optimizer, p)]
+            torch._foreach_mul_([tensor for tensor, _ in pairs], [mask for _, mask in pairs])
+
+
+def _state(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> list[Tensor]:
+    """Return what an optimizer keeps for every entry of a parameter: momentum, second moments, averages."""
+    kept = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+    return [v for v in kept.values() if isinstance(v, Tensor) and v.shape == parameter.shape and v.is_floating_point()]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

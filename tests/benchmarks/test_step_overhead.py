@@ -1,7 +1,7 @@
 """What our callbacks add to a training step of ResNet-18, 64 pixels, batch 64; run with ``-m benchmark -s``.
 
 A fit of 22 steps in which every hook of the callback is timed; the rest of the step is what it is compared with, in the same run. Projections fall
-on steps 0 and 20, so the share of TRP is that of one projection over 20 steps, plus what its other hooks take.
+on steps 0 and 20, so the share of TRP is that of one projection over 20 steps, plus what its other hooks take. Masks are held after every step.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from networks import resnet18
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import TRP
+from lightning_prune import TRP, Magnitude
 from lightning_prune.callback import Compression
 
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_stepped")
@@ -105,4 +105,15 @@ def test_trp_every_20_steps_adds_at_most(nuclear, limit, tmp_path, monkeypatch):
     print(f"TRP, nuclear={nuclear}: {own * 1e3:.1f} ms per step of {rest:.3f} s: {own / rest:.2%}")
     for name, times in method.spent.items():
         print(f"  {name}: largest {max(times, default=0):.4f} s, median {statistics.median(times or [0]):.6f} s")
+    assert own / rest <= limit
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize(("optimizer", "limit"), [("SGD", 0.02), ("Adam", 0.03)])  # Adam keeps two moments, SGD one
+def test_masks_held_at_zero_add_at_most(optimizer, limit, tmp_path, monkeypatch):
+    kinds = {"SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), "Adam": lambda p: torch.optim.Adam(p, lr=1e-4)}
+    monkeypatch.setattr(Lit, "configure_optimizers", lambda self: kinds[optimizer](self.parameters()))
+    method = Magnitude(flops=0.5, until_epoch=0)
+    own, rest = share(method, tmp_path, monkeypatch)
+    print(f"masks of half the FLOPs, {optimizer}: {own * 1e3:.1f} ms per step of {rest:.3f} s: {own / rest:.2%}")
     assert own / rest <= limit

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from unit_twin import channels, ladder, twin_composites
+from unit_twin import channels, channels_kept, ladder, twin_composites
 
 from lightning_prune.budget.ties import composite_units
-from lightning_prune.budget.units import UnitGroup, channels_kept
+from lightning_prune.budget.units import UnitGroup
 
 
 def test_the_lowest_scores_of_every_block_leave_together():

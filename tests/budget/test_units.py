@@ -2,14 +2,13 @@
 
 import itertools
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
-from unit_twin import channels, ladder, random_case, twin_blocks
+from unit_twin import channels, channels_kept, ladder, random_case, twin_blocks
 
 from lightning_prune.budget.ties import composite_units
-from lightning_prune.budget.units import UnitGroup, channels_kept, choose_units, sparsity_bound
+from lightning_prune.budget.units import UnitGroup, choose_units
 from lightning_prune.errors import BudgetError, ModelError, OptionError
 
 
@@ -155,16 +154,6 @@ def test_a_group_shared_by_two_pools_keeps_its_floor_and_the_others_go_on():
     assert [channels(groups, plan) for plan in plans] == [[8, 4], [7, 4], [6, 4], [5, 4], [4, 4], [3, 3], [2, 2]]
 
 
-@pytest.mark.parametrize(("sparsity", "left"), [(0, 60), (0.5, 30), (0.7, 18), (0.29, 43), (0.999, 1)])
-def test_sparsity_is_the_share_of_candidates_channels_as_written(sparsity, left):
-    groups = [
-        UnitGroup("a", np.arange(20), 2), UnitGroup("b", np.arange(20, 40), 1), UnitGroup("c", np.arange(40, 50), 9, False)
-    ]  # fmt: skip
-    assert sparsity_bound(groups, sparsity) == left == math.ceil(Fraction(60) * (1 - Fraction(str(sparsity))))
-    assert channels_kept(groups)(np.arange(50) % 2 == 0) == 30
-    assert channels_kept([])(np.ones(3, dtype=bool)) == 0
-
-
 def test_shares_shrink_the_groups_they_name_and_no_others():
     groups = [
         UnitGroup(name, np.arange(32) + 32 * index, 1) for index, name in enumerate(["net.a", "net.b", "head", "net.c"])
@@ -276,12 +265,6 @@ def test_options_out_of_range_are_named(options, message):
     groups = [UnitGroup("conv1", np.arange(4), 1), UnitGroup("head", np.arange(4, 8), 1, candidate=False)]
     with pytest.raises(OptionError, match=message):
         choose_units(groups, np.zeros(8), np.count_nonzero, **{"bound": 4, **options})
-
-
-@pytest.mark.parametrize("sparsity", [1, 1.0, -0.1, math.nan, True, "0.5"])
-def test_sparsities_out_of_range_are_named(sparsity):
-    with pytest.raises(OptionError, match=r"sparsity: must be a number in \[0, 1\)"):
-        sparsity_bound([], sparsity)
 
 
 def test_a_unit_in_two_groups_and_blocks_of_two_lengths_are_refused():

@@ -162,13 +162,17 @@ def test_scalars_are_what_the_model_says(told):
     expected |= {"flops_share": flops[1] / flops[0], "params_share": params[1] / params[0]}
     for name, module in model.net.named_children():
         before = dense.net.get_submodule(name)
+        sizes = [sum(t.numel() for t in m.state_dict().values() if t.ndim) for m in (module, before)]
         if isinstance(module, Factorized):
-            sizes = [sum(p.numel() for p in m.parameters()) for m in (module, before)]
             expected[f"kept/net.{name}"] = sizes[0] / sizes[1]
             expected[f"rank/net.{name}"] = module.second.weight.shape[1]
         elif isinstance(module, nn.Conv2d | nn.Linear) and (module.weight == 0).any():
             share = (module.weight != 0).double().mean().item()
             expected |= {f"kept/net.{name}": share, f"sparsity/net.{name}": 1 - share}
+        elif sizes[0] != sizes[1]:  # of the tensors that channels have left, not of those that stay whole
+            pairs = zip(module.state_dict().values(), before.state_dict().values(), strict=True)
+            cut = [(new.numel(), old.numel()) for new, old in pairs if new.shape != old.shape]
+            expected[f"kept/net.{name}"] = sum(new for new, _ in cut) / sum(old for _, old in cut)
     found = told.found["csv"].scalars
     assert len(found) > 1  # over steps, not only at the end
     assert max(found) == told.last == 8

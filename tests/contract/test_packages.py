@@ -79,11 +79,14 @@ def options(name):
 
 def homes(name):
     """How a method may be written on a command line: its name, and the paths that users import it from."""
-    return (
-        ["ToyMask", "toys.ToyMask"]
-        if name == "ToyMask"
-        else [name, f"lightning_prune.{name}", f"lightning_prune.methods.{name}"]
-    )
+    kind = toys.kind_of(name)
+    folders = ["toys"] if kind == "ToyMask" else ["lightning_prune", "lightning_prune.methods"]
+    return [kind, *(f"{folder}.{kind}" for folder in folders)]
+
+
+def asked(stages):
+    """Who made the plan, without how far a schedule came in the few epochs of a test."""
+    return [(s.method, {key: value for key, value in s.options.items() if key != "progress"}) for s in stages]
 
 
 @every
@@ -91,7 +94,7 @@ def test_fits_in_the_trainer(name, package, tmp_path):
     model, method = net(package)(), toys.make(name)
     lit.trainer(tmp_path, package, callbacks=[method]).fit(model)
     assert plan_of(model).steps
-    assert plan_of(model).stages == (method.stage(),)
+    assert asked(plan_of(model).stages) == asked([method.stage()])
     assert isinstance(method, package.Callback)
     assert _lightning.package_of(model) is package
     assert _lightning.package_of(type(model)) is package
@@ -104,7 +107,7 @@ def test_named_on_the_command_line(name, package):
         cli = run_cli(package, f"--trainer.callbacks+={home}", *options(name), run=False)
         assert ours(cli).options() == expected.options()
     cli.trainer.fit(cli.model)
-    assert plan_of(cli.model).stages == (expected.stage(),)
+    assert asked(plan_of(cli.model).stages) == asked([expected.stage()])
 
 
 @every
@@ -128,7 +131,8 @@ def test_a_saved_configuration_gives_the_same_again(name, package, tmp_path, mon
 @every
 @pytest.mark.parametrize("where", ["class", "path", "argument"])
 def test_a_typo_is_named_in_the_last_lines(name, where, package, capsys):
-    typo = {"class": f"{name}x", "path": f"{homes(name)[-1]}x", "argument": name}[where]
+    kind = toys.kind_of(name)
+    typo = {"class": f"{kind}x", "path": f"{homes(name)[-1]}x", "argument": kind}[where]
     extra = ["--trainer.callbacks.includde=net.3"] if where == "argument" else []
     with pytest.raises(SystemExit) as caught:
         run_cli(package, f"--trainer.callbacks+={typo}", *extra)

@@ -20,12 +20,12 @@ from pytorch_lightning.callbacks import (
 )
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import NAMES, make
+from toys import NAMES, kind_of, make
 
 from lightning_prune import LowRank, load_from_checkpoint
 from lightning_prune.errors import ModelError, TrainerError
 from lightning_prune.structure.carrier import NAME, plan_of
-from lightning_prune.structure.steps import MaskWeight
+from lightning_prune.structure.steps import KeepChannels, MaskWeight
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
@@ -43,6 +43,12 @@ def assert_compressed(model):
         if isinstance(step, MaskWeight):
             weight = model.get_submodule(step.module).get_parameter(step.parameter)
             assert not weight[~step.mask.to(weight.device)].any()
+        elif isinstance(step, KeepChannels):
+            tensors = model.get_submodule(step.module).state_dict()  # of a layer factorized since they are others
+            held = {
+                name: (tuple(tensors[name].shape), cut.after) for name, cut in step.tensors.items() if name in tensors
+            }
+            assert all(shape == after for shape, after in held.values())
         else:
             assert type(model.get_submodule(step.module)).__name__ == "Factorized"
     assert all(p.isfinite().all() for p in model.parameters())
@@ -148,13 +154,17 @@ def picked(name, layers):
 def test_two_callbacks_on_different_layers_compose(name, tmp_path):
     model = LitNet()
     trainer(tmp_path, callbacks=[picked(name, "net.3"), LowRank(rank=2, align=1, include="net.8")]).fit(model, loader())
-    assert {step.module for step in plan_of(model).steps} == {"net.3", "net.8"}
+    follows = {"net.4"}  # the normalization of net.3, where channels leave
+    changed = {
+        step.module.removesuffix(".first") for step in plan_of(model).steps
+    }  # of net.8, factorized before inputs left
+    assert changed - follows == {"net.3", "net.8"}
     assert_compressed(model)
 
 
 def test_two_callbacks_on_the_same_layer_are_refused_by_name(name, tmp_path):
     callbacks = [LowRank(rank=2, align=1, include="net.3"), picked(name, ["net.3", "net.8"])]
-    with pytest.raises(TrainerError, match=rf"{name} and LowRank would both compress layer 'net\.3'"):
+    with pytest.raises(TrainerError, match=rf"{kind_of(name)} and LowRank would both compress layer 'net\.3'"):
         trainer(tmp_path, callbacks=callbacks).fit(LitNet(), loader())
 
 
