@@ -144,12 +144,12 @@ class Structure:
                 reasons.setdefault((slot.tensor, slot.axis), reason)
             slots.append(dataclasses.replace(slot, units=moved))
         ties = tuple(tuple(renumber[b] for b in tie) for tie in self.ties if (renumber[np.concatenate(tie)] >= 0).any())
-        groups = [dataclasses.replace(g, units=renumber[g.units]) for g in self.groups]
+        groups = [dataclasses.replace(g, units=moved[moved >= 0]) for g in self.groups for moved in [renumber[g.units]]]
         rest = dataclasses.replace(
             self,
             count=int((~bad[:-1]).sum()),
             slots=tuple(slots),
-            groups=tuple(g for g in groups if (g.units >= 0).any()),
+            groups=tuple(group for group in groups if len(group.units)),
             reasons=reasons,
             ties=ties,
             sizes=tuple(dataclasses.replace(s, labels=renumber[s.labels]) for s in self.sizes),
@@ -209,11 +209,10 @@ def _structure(
     names, unit = np.unique(roots[free[roots]], return_inverse=True)
     units = np.full(labels.count, -1)
     units[free[roots]] = unit
-    produced = np.zeros(labels.count, bool)
-    produced[list(labels.produced)] = True
+    zeroed = labels.zeroed()
     order = {name: i for i, (name, _) in enumerate([*model.named_parameters(), *model.named_buffers()])}
     slots = [
-        Slot(slot.tensor, slot.axis, units[slot.labels], slot.labels.ndim == 1 and bool(produced[slot.labels].any()))
+        Slot(slot.tensor, slot.axis, units[slot.labels], slot.labels.ndim == 1 and bool(zeroed[slot.labels].any()))
         for slot in sorted(labels.slots, key=lambda s: (order.get(s.tensor, len(order)), s.axis))
     ]
     why = {}

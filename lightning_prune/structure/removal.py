@@ -44,12 +44,25 @@ def removal_steps(model: nn.Module, structure: Structure, kept: np.ndarray) -> t
         counted = numbers.get(name, {})
         attributes = static_sizes(module, _own_shapes(name, module, shapes, first), counted) | counted
         if name in cuts or attributes:
-            absorbed = structure.absorbed.get(f"{name}.weight".lstrip("."))
-            takes = None
-            if absorbed is not None and 1 in cuts.get(name, {}).get("weight", Cut((), {})).keep:
-                takes = {"weight": "weight", "bias": absorbed.bias.rpartition(".")[2], "value": absorbed.value}
-            steps.append(KeepChannels(name, cuts.get(name, {}), attributes, takes))
+            steps += _channel_steps(structure, name, cuts.get(name, {}), attributes)
     return tuple(steps)
+
+
+def _channel_steps(
+    structure: Structure, module: str, cuts: Mapping[str, Cut], attributes: Mapping[str, tuple[Any, Any]]
+) -> list[KeepChannels]:
+    """Return the step of one module; a step takes up one constant, so that further weights with theirs have steps of their own."""
+    rest, steps = dict(cuts), []
+    for name, cut in cuts.items():
+        absorbed = structure.absorbed.get(f"{module}.{name}".lstrip("."))
+        if absorbed is not None and 1 in cut.keep:
+            bias = absorbed.bias.rpartition(".")[2]
+            taken = {"weight": name, "bias": bias, "value": absorbed.value}
+            steps.append(KeepChannels(module, {key: rest.pop(key) for key in (name, bias) if key in rest}, {}, taken))
+    if len(steps) == 1:
+        only = steps.pop()
+        return [KeepChannels(module, dict(cuts), attributes, only.absorb)]
+    return [*steps, KeepChannels(module, rest, attributes)]
 
 
 def _touched(name: str, cuts: Iterable[str]) -> bool:

@@ -20,7 +20,7 @@ from lightning_prune.structure.calls import Call
 from lightning_prune.structure.groups import Structure
 from lightning_prune.structure.removal import removal_steps
 from lightning_prune.structure.tracing.labels import Size
-from lightning_prune.structure.tracing.program import line_of
+from lightning_prune.structure.tracing.program import line_of, reads_training
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _by_group(model: nn.Module, calls: Sequence[Call], structure: Structure) -> 
     result, kept = structure, np.arange(structure.count)
     for units, where in refused:
         now = np.flatnonzero(np.isin(kept, units))
-        result, gone = result.without_units(now, f"the code at {where} fails when its size changes")
+        result, gone = result.without_units(now, f"{where} when its size changes")
         kept = kept[~gone]
     return result
 
@@ -173,19 +173,34 @@ def _lists(module: nn.Module, numbers: Sequence[int]) -> list[str]:
 
 
 def _failure(model: nn.Module, calls: Sequence[Call], structure: Structure, units: np.ndarray) -> str | None:
-    """Return where real Python fails to compute what the masked model does when some of ``units`` have left; None if it does not.
-
-    Several draws: with small numbers a size in the code may fit by chance.
-    """
+    """Return how real Python fails to compute what the masked model does when some of ``units`` have left; None if it does not."""
     if not len(units):
         return None
     small = sum(p.numel() for p in model.parameters()) < _SMALL
-    for seed in range(8 if small else 4):
-        kept = draw(structure, units, seed=seed)
-        where = None if kept.all() else _trial(model, calls, structure, kept)
-        if where is not None:
-            return where
+    for kept in _draws(structure, units, small):
+        failure = None if kept.all() else _trial(model, calls, structure, kept)
+        if failure is not None:
+            return failure
     return None
+
+
+def _draws(structure: Structure, units: np.ndarray, thorough: bool) -> Iterator[np.ndarray]:
+    """Yield sets of units that stay; with small numbers a size in the code may fit some of them by chance.
+
+    Of every two groups one loses much while the other loses nothing, and the other way round: the bits of its number decide for a group.
+    A model that is costly to run has the first bit tried alone.
+    """
+    chosen = np.zeros(structure.count, bool)
+    chosen[units] = True
+    among = np.array([bool(chosen[group.units].any()) for group in structure.groups])
+    numbers = np.cumsum(among) - 1
+    for bit in range(max(1, int(numbers[-1]).bit_length()) if thorough else 1):
+        share = 1.0 if bit % 2 == 0 else 0.5  # all but one, or about half
+        for side in (0, 1):
+            losing = among & ((numbers >> bit) % 2 == side)
+            yield _draw(structure, units, share * losing, losing, np.random.default_rng(bit))
+    for seed in range(4 if thorough else 2):
+        yield draw(structure, units, seed=seed)
 
 
 def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: np.ndarray) -> str | None:
@@ -197,13 +212,30 @@ def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: 
             for step in steps:
                 step.emulate(trial)
             expected = [t.clone() for call in calls for t in _tensors(call.run(trial))]
+            shapes = _shapes_in_training(trial, calls)
             for step in steps:
                 step.apply(trial)
             found = [t for call in calls for t in _tensors(call.run(trial))]
+            if len(expected) != len(found) or not all(map(_close, expected, found)):
+                return "the code computes something else, without an error,"
+            if shapes is not None and shapes != [t.shape for call in calls for t in _tensors(call.run(trial.train()))]:
+                return "the code in train mode returns other shapes"
     except _FOREIGN as error:
-        return line_of(error) or "an unknown place"
-    same = len(expected) == len(found) and all(map(_close, expected, found))
-    return None if same else "an unknown place"
+        where = line_of(error)
+        return f"the code at {where} fails" if where else f"the code fails ({type(error).__name__})"
+    return None
+
+
+def _shapes_in_training(model: nn.Module, calls: Sequence[Call]) -> list[torch.Size] | None:
+    """Return the shapes of what ``model`` returns in train mode, where its own code looks at the mode; None if it does not, or does not run."""
+    if not reads_training(model):
+        return None
+    twin = copy.deepcopy(model).train()
+    try:
+        return [t.shape for call in calls for t in _tensors(call.run(twin))]
+    except _FOREIGN as error:
+        log.debug("Sizes are not tried in train mode, in which the masked model fails: %s", error)
+        return None
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:
@@ -239,21 +271,34 @@ def draw(structure: Structure, units: np.ndarray, share: float = 0.5, seed: int 
         ``[units]``, boolean; every group keeps at least one unit.
     """
     random = np.random.default_rng(seed)
+    groups = len(structure.groups)
+    chance = random.uniform(0, 2 * share, groups) * random.integers(0, 3, groups).clip(max=1)
+    return _draw(structure, units, chance, random.integers(0, 2, groups).astype(bool), random)
+
+
+def _draw(
+    structure: Structure, units: np.ndarray, chance: np.ndarray, least: np.ndarray, random: np.random.Generator
+) -> np.ndarray:
+    """Return which units stay.
+
+    Args:
+        structure: All units.
+        units: Numbers of those that may leave.
+        chance: Of each group, how probable it is that a unit leaves, ``[groups]``.
+        least: Whether each group loses one unit at least, ``[groups]``, boolean.
+        random: Draws.
+    """
     together = _together(structure)
     allowed = np.zeros(structure.count, bool)
     allowed[units] = True
     blocked = np.zeros(structure.count, bool)
     np.logical_or.at(blocked, together, ~allowed)
     allowed &= ~blocked[together]
-    chance = random.uniform(0, 2 * share, len(structure.groups)) * random.integers(0, 3, len(structure.groups)).clip(
-        max=1
-    )
-    few = random.integers(0, 2, len(structure.groups)).astype(bool)  # groups that lose one unit at least
     group_of = np.zeros(structure.count, np.int64)
     for index, group in enumerate(structure.groups):
         group_of[group.units] = index
     leaves = (random.uniform(size=structure.count) < chance[group_of])[together] & allowed
-    for group, one in zip(structure.groups, few, strict=True):
+    for group, one in zip(structure.groups, least, strict=True):
         own = together[group.units]
         if leaves[group.units].all():
             leaves[np.isin(together, own[:1])] = False

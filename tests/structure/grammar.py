@@ -1505,6 +1505,17 @@ def entry(stream: str, width: int) -> nn.Module:
     return nn.Linear(ENTRIES["tokens"], width) if stream == "tokens" else conv(ENTRIES["image"], width)
 
 
+class TrainingHead(nn.Module):
+    """Answers in train mode only."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        return self.linear(x) if self.training else None
+
+
 class Model(nn.Module):
     """What :func:`build` returns: a stem, blocks, a head; one input."""
 
@@ -1517,7 +1528,7 @@ class Model(nn.Module):
         self.middle = middle
         if network.outputs in ("dict", "auxiliary"):
             at = through(network.blocks[:middle], shape)
-            self.auxiliary = nn.Linear(at.channels, CLASSES)
+            self.auxiliary = (TrainingHead if network.outputs == "auxiliary" else nn.Linear)(at.channels, CLASSES)
             self.auxiliary_pool = HEADS[at.stream]["mean"]
         last = through(network.blocks, shape)
         self.pool = HEADS[last.stream][network.head]
@@ -1543,8 +1554,9 @@ class Model(nn.Module):
             return logits, row
         if self.outputs == "dict":
             return {"logits": logits, "auxiliary": self.auxiliary(self.auxiliary_pool(F.gelu(between)))}
-        if self.outputs == "auxiliary" and self.training:
-            return logits, self.auxiliary(self.auxiliary_pool(F.gelu(between)))
+        if self.outputs == "auxiliary":
+            extra = self.auxiliary(self.auxiliary_pool(F.gelu(between)))
+            return logits if extra is None else (logits, extra)
         return logits
 
 
@@ -1705,7 +1717,7 @@ LOSES: dict[str, bool | Callable[[dict[str, Any]], bool]] = {
     "TiedLinear": True,
     "FlattenMLP": True,
     "Mixer": True,
-    "Conv1d": True,
+    "Conv1d": lambda options: options["groups"] == 1,  # else whole groups leave, if the blocks behind let them
     "EncoderLayer": True,
     "LastStep": True,
     # heads

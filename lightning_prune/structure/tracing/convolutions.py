@@ -57,7 +57,9 @@ def _channels(site: Site, x: Value, weight: Value) -> Field | None:
     """Return the field of the input channels as a vector; places and the size of the kernel stay."""
     axis = len(x.shape) - len(weight.shape) + 1
     for field in weight.fields:
-        if max(field.axes) > 1:
+        if {0, 1} <= set(field.axes):
+            site.freeze(field, f"it is an element of the weight of {site.name}, and no whole row or column")
+        elif max(field.axes) > 1:
             if min(field.axes) <= 1:
                 site.labels.merge(field, tuple(a for a in field.axes if a > 1))
             else:
@@ -100,12 +102,13 @@ def _fewer(site: Site, channels: Field | None, rows: Field | None, weight: Value
     site.labels.unite(filters, filters[:, :1].expand_as(filters))
     site.labels.unite(inputs, inputs[:, :1].expand_as(inputs))
     site.labels.unite(filters[:, 0], inputs[:, 0])
-    known = isinstance(site.module, nn.modules.conv._ConvNd)
+    known = isinstance(site.module, nn.modules.conv._ConvNd) and site.module.groups == groups
     site.sized(groups, filters[:, :1], 0, "groups" if known else None)
 
 
 def _thinner(site: Site, channels: Field | None, rows: Field | None, weight: Value, groups: int) -> None:
     """Let every group lose equally many filters, and equally many input channels."""
+    site.ignore(weight)  # the labels of its columns are replaced by those of the inputs
     if rows is not None:
         site.labels.tie(*_vector(rows, 0).reshape(groups, -1))
     if channels is None:
@@ -133,7 +136,7 @@ def _result(site: Site, x: Value, weight: Value, rows: Field | None, bias: Value
     if rows is not None:
         site.labels.produce(rows)
         line = _vector(rows, next(a for a in rows.axes if a <= 1))
-        fields = (Field(vector(line, axis, site.shape), rows.at, False),)
+        fields = (Field(vector(line, axis, site.shape), 0.0 if rows.at == 0 else None, False),)
     result = Value(site.shape, fields)
     if bias is None:
         return result

@@ -1,5 +1,6 @@
 """Rules for operations on elements: what meets in one element leaves together."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,10 +18,13 @@ def pointwise(site: Site, *args: Any, **kwargs: Any) -> Value:
     """Unite the labels of all operands, aligned from the right; the size of an axis that one operand fixes is fixed for all."""
     operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
     operands += [v for a in args if isinstance(a, tuple | list) for v in a if isinstance(v, Value)]
-    return combine(site, operands, lambda ats: _evaluate(site, args, kwargs, operands, ats))
+    product = _kind(site) in _PRODUCTS
+    return combine(site, operands, lambda ats: _evaluate(site, args, kwargs, operands, ats), product=product)
 
 
-def combine(site: Site, operands: list[Value], at: Any, shape: tuple[int, ...] | None = None) -> Value:
+def combine(
+    site: Site, operands: list[Value], at: Any, shape: tuple[int, ...] | None = None, product: bool = False
+) -> Value:
     """Unite the fields of operands of broadcastable shapes.
 
     Args:
@@ -28,9 +32,9 @@ def combine(site: Site, operands: list[Value], at: Any, shape: tuple[int, ...] |
         operands: Its tensors.
         at: Computes what an element holds whose slice has left, from what each operand holds there (None if unknown or not leaving).
         shape: Shape of the result, by default that of the operation.
+        product: Whether one operand that is zero makes the result zero.
     """
     shape = site.shape if shape is None else shape
-    weights = all(v.weights for v in operands)
     groups: list[list[tuple[int, Field]]] = []
     for index, value in enumerate(operands):
         for own in value.fields:
@@ -41,21 +45,23 @@ def combine(site: Site, operands: list[Value], at: Any, shape: tuple[int, ...] |
             met = [g for g in groups if any(set(f.axes) & set(field.axes) for _, f in g)]
             merged = [(index, field), *(item for g in met for item in g)]
             groups = [g for g in groups if not any(g is m for m in met)] + [merged]
-    fields = [_united(site, operands, group, at, shape, weights) for group in groups]
+    fields = [_united(site, operands, group, at, shape, product) for group in groups]
     fill = None
     if operands and all(v.fill is not None for v in operands):
-        fill = at([v.fill for v in operands])
-    return Value(shape, tuple(fields), fill, None, weights)
+        fill = _finite(at([v.fill for v in operands]))
+    return Value(shape, tuple(fields), fill, None, all(v.weights for v in operands))
 
 
 def _united(
-    site: Site, operands: list[Value], group: list[tuple[int, Field]], at: Any, shape: tuple[int, ...], weights: bool
+    site: Site, operands: list[Value], group: list[tuple[int, Field]], at: Any, shape: tuple[int, ...], product: bool
 ) -> Field:
     """Make one field of those that meet: one of each operand, or several along different axes."""
-    widest = max((field for _, field in group), key=lambda f: len(f.axes))
+    weights = all(v.weights for v in operands)
+    widest = max((field for _, field in group), key=lambda f: (len(f.axes), product and f.at == 0))
+    one = product and widest.at == 0  # it is enough that one factor is zero, and another may not be: w / |w| * scale
     for _, field in group:
         if field is not widest:
-            site.labels.unite(field.labels, widest.labels)
+            site.labels.unite(field.labels, widest.labels, alike=weights and not one)
         if not weights:
             site.labels.produce(field)
     axes = {axis for _, field in group for axis in field.axes}
@@ -65,11 +71,18 @@ def _united(
     for index in {index for index, _ in group}:
         own = {field.at for i, field in group if i == index}
         ats[index] = own.pop() if len(own) == 1 else None
+    found = 0.0 if one and weights else at(ats)
+    if found != _finite(found) and not weights:
+        site.freeze(widest, f"{site.name} would make it infinite when masked")
     if axes != set(widest.axes):
         site.freeze(widest, f"{site.name} mixes slices along several axes")
         for _, field in group:
             site.freeze(field, f"{site.name} mixes slices along several axes")
-    return Field(widest.labels, at(ats), weights)
+    return Field(widest.labels, _finite(found), weights)
+
+
+def _finite(at: float | None) -> float | None:
+    return at if at is not None and math.isfinite(at) else None
 
 
 def _meet(site: Site, value: Value, field: Field, axes: set[int], rank: int) -> None:
@@ -93,7 +106,7 @@ def _aligned(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _evaluate(site: Site, args: Any, kwargs: Any, operands: list[Value], ats: list[float | None]) -> float | None:
     """Compute one element whose slice has left, by running the operation on numbers."""
-    kind = site.target._schema.name.removeprefix("aten::").rstrip("_")
+    kind = _kind(site)
     if kind in _PRODUCTS and 0.0 in ats:
         return 0.0
     if kind in _QUOTIENTS and len(ats) > 1 and ats[0] == 0.0 and ats[1] != 0.0:
@@ -104,7 +117,9 @@ def _evaluate(site: Site, args: Any, kwargs: Any, operands: list[Value], ats: li
         return ats[0]
     if kind == "where" and len(ats) > 2 and ats[1] is not None and ats[1] == ats[2]:
         return ats[1]
-    if any(at is None for at in ats) or not operands:
+    if kind == "rrelu" and ats[0] == 0.0:
+        return 0.0
+    if any(at is None for at in ats) or not operands or torch.Tag.nondeterministic_seeded in site.target.tags:
         return None
     numbers = iter(ats)
 
@@ -124,17 +139,31 @@ def _evaluate(site: Site, args: Any, kwargs: Any, operands: list[Value], ats: li
         name = site.target._schema.name.removeprefix("aten::")
         packet = getattr(torch.ops.aten, name.rstrip("_") if name.rstrip("_") in dir(torch.ops.aten) else name)
         with torch.no_grad():
-            found = float(packet(*[number(a) for a in args], **{k: number(v) for k, v in plain.items()}))
+            return float(packet(*[number(a) for a in args], **{k: number(v) for k, v in plain.items()}))
     except (RuntimeError, TypeError, ValueError):
         return None
-    return found if math.isfinite(found) else None
 
 
-def same(site: Site, value: Any, *_: Any, **__: Any) -> Any:
-    """Pass on labels and numbers: copies, casts, dropout."""
-    if not isinstance(value, Value):
+def _kind(site: Site) -> str:
+    return site.target._schema.name.removeprefix("aten::").rstrip("_")
+
+
+def same(site: Site, value: Any, *others: Any, **named: Any) -> Any:
+    """Pass on labels and numbers: copies, casts."""
+    for other in (*others, *named.values()):
+        site.ignore(other)  # gives its type
+    example = site.node.meta.get("val")
+    if not isinstance(value, Value) or not isinstance(example, Tensor):
+        site.ignore(value)
         return site.outputs()
-    return Value(value.shape, value.fields, value.fill, value.source, value.weights)
+    if example.is_floating_point():
+        return Value(value.shape, value.fields, value.fill, value.source, value.weights)
+    fields = tuple(dataclasses.replace(f, at=_whole(f.at)) for f in value.fields)
+    return Value(value.shape, fields, _whole(value.fill), None, value.weights)
+
+
+def _whole(at: float | None) -> float | None:
+    return at if at is not None and at == int(at) else None
 
 
 def dropout(site: Site, value: Value, *_: Any, **__: Any) -> Value:
@@ -172,6 +201,8 @@ def created(site: Site, *args: Any, **kwargs: Any) -> Value:
     elif "full" in name or name == "scalar_tensor":
         number = kwargs.get("fill_value", args[-1] if args else None)
         fill = float(number) if isinstance(number, int | float) and not isinstance(number, bool) else None
+    for given in args:
+        site.ignore(given)
     if name.endswith("_like") and isinstance(args[0], Value):
         fields = tuple(Field(f.labels, fill, False) for f in args[0].fields)
         return Value(args[0].shape, fields, None if fields else fill)
@@ -192,11 +223,10 @@ RULES: dict[str, Any] = {
             "lift_fresh",
             "lift_fresh_copy",
             "positive",
+            "requires_grad_",
+            "_assert_tensor_metadata",
         ),
         same,
-    ),
-    **dict.fromkeys(
-        ("float", "double", "half", "view_as_real_copy", "requires_grad_", "_assert_tensor_metadata"), same
     ),
     **dict.fromkeys(
         ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout", "feature_alpha_dropout"), dropout
@@ -247,4 +277,3 @@ RULES: dict[str, Any] = {
         pointwise,
     ),
 }
-RULES.pop("view_as_real_copy")

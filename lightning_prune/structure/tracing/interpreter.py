@@ -4,19 +4,22 @@ Every operation has a rule in a table; rooms of rules are :mod:`.shapes`, :mod:`
 and :mod:`.recurrent`. What no rule knows freezes the labels of its operands.
 """
 
+import dataclasses
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from lightning_prune.structure.calls import Call
 from lightning_prune.structure.tracing import convolutions, elementwise, norms, products, recurrent, shapes
 from lightning_prune.structure.tracing.labels import Labels
-from lightning_prune.structure.tracing.program import Program, export, location, owner, reads_training
+from lightning_prune.structure.tracing.program import Program, bias_uses, export, location, owner, reads_training
 from lightning_prune.structure.tracing.site import Site
-from lightning_prune.structure.tracing.values import Value
+from lightning_prune.structure.tracing.values import Field, Value, core
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {
@@ -59,6 +62,9 @@ def follow(model: nn.Module, programs: Sequence[Program], thinned: frozenset[str
     labels = Labels()
     labels.thinned = set(thinned)
     for program in programs:
+        for bias, weights in bias_uses(program).items():
+            labels.biases.setdefault(bias, set()).update(weights)
+    for program in programs:
         Interpreter(model, program, labels).run()
     return labels
 
@@ -76,12 +82,17 @@ class Interpreter:
         self.model, self.program, self.labels = model, program, labels
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        self.aliases: dict[fx.Node, fx.Node] = {}
+        self.env: dict[fx.Node, Any] = {}
+        self.results: dict[fx.Node, Any] = {}  # of nested regions: the nodes inside that they return
+        self.bases: dict[fx.Node, fx.Node] = {}  # of tensors that share memory: the one that the others are views of
+        self.layouts: dict[fx.Node, fx.Node] = {}  # of those that share all of it: one of them
 
     def run(self) -> None:
         """Follow the whole graph; what reaches an output keeps its size."""
-        given = [self._placeholder(node) for node in self.program.graph.nodes if node.op == "placeholder"]
-        for value in _leaves(self._graph(self.program.graph, self.program.module, given)):
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = self._placeholder(node)
+        for value in _leaves(self._values(self._graph(self.program.graph, self.program.module))):
             for field in value.fields:
                 self.labels.freeze(field.labels, "it is an output of the model")
 
@@ -90,25 +101,23 @@ class Interpreter:
         if not isinstance(example, Tensor):
             return example
         name = self.program.tensors.get(node.name)
-        if name is None:
+        if name is None or not node.users:
             return Value(tuple(example.shape))
         return self.labels.tensor(name, tuple(example.shape), name in self.parameters)
 
-    def _graph(self, graph: fx.Graph, module: nn.Module, given: Sequence[Any]) -> Any:
-        env: dict[fx.Node, Any] = {}
-        inputs = iter(given)
+    def _graph(self, graph: fx.Graph, module: nn.Module) -> Any:
+        """Follow a graph whose placeholders have values; return the nodes that it returns."""
         for node in graph.nodes:
-            if node.op == "placeholder":
-                env[node] = next(inputs)
-            elif node.op == "get_attr":
-                env[node] = self._attribute(module, str(node.target))
+            if node.op == "get_attr":
+                self.env[node] = self._attribute(module, str(node.target))
             elif node.op == "output":
-                return fx.map_arg(node.args[0], lambda n: env[n])
-            else:
-                args = fx.map_arg(node.args, lambda n: env[n])
-                kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
-                env[node] = self._call(node, args, dict(kwargs), env)
+                return node.args[0]
+            elif node.op != "placeholder":
+                self.env[node] = self._call(node, self._values(node.args), dict(self._values(node.kwargs)))
         return ()
+
+    def _values(self, nodes: Any) -> Any:
+        return fx.map_arg(nodes, lambda node: self.env[node])
 
     def _attribute(self, module: nn.Module, name: str) -> Any:
         for part in name.split("."):
@@ -118,9 +127,10 @@ class Interpreter:
             return Value(tuple(module.shape), fill=fill, weights=True)
         return module
 
-    def _call(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], env: dict[fx.Node, Any]) -> Any:
+    def _call(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         target = node.target
         if target is operator.getitem:
+            self._share_item(node)
             return args[0][args[1]] if isinstance(args[0], tuple | list) else args[0]
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._region(node, args)
@@ -142,35 +152,62 @@ class Interpreter:
         rule = RULES.get(name) or (RULES.get(name[:-1]) if in_place else None)
         if rule is None:
             rule = elementwise.pointwise if torch.Tag.pointwise in target.tags else unknown
-        result = rule(site, *args, **kwargs)
+        self.labels.touched = []
+        result = rule(site, *args, **kwargs) if _takes(rule, site, args, kwargs) else unknown(site, *args, **kwargs)
+        self._see_to_all(site, (args, kwargs), result)
+        self._share(node, name, in_place)
         if in_place and isinstance(result, Value):
-            self._write(site, node, result, env)
-        if self._is_view(target) and node.args and isinstance(node.args[0], fx.Node):
-            self.aliases[node] = self.aliases.get(node.args[0], node.args[0])
+            self._write(site, node, result)
         return result
 
-    def _is_view(self, target: torch._ops.OpOverload) -> bool:
-        return any(a.alias_info is not None and not a.alias_info.is_write for a in target._schema.arguments)
+    def _see_to_all(self, site: Site, operands: Any, result: Any) -> None:
+        """Freeze what a rule has lost: labels of an operand that it neither passes on nor ties."""
+        fields = [field for value in _leaves(operands) for field in value.fields]
+        if fields:
+            kept = [core(field.labels).flatten().numpy() for value in _leaves(result) for field in value.fields]
+            seen = np.concatenate([*self.labels.touched, *kept, np.zeros(0, np.int64)])
+            for field in fields:
+                if not np.isin(core(field.labels).flatten().numpy(), seen).any():
+                    site.freeze(field, f"it goes through {site.name}, which is not followed there")
 
-    def _write(self, site: Site, node: fx.Node, result: Value, env: dict[fx.Node, Any]) -> None:
-        """Let the tensor that was written to, and what it is a view of, hold what was written."""
+    def _share(self, node: fx.Node, name: str, in_place: bool) -> None:
+        """Note whose memory the result of an operation may be."""
+        first = node.args[0] if node.args else None
+        views = name == "dropout" or any(
+            a.alias_info is not None
+            for a in node.target._schema.arguments  # type: ignore[union-attr]
+        )
+        if views and isinstance(first, fx.Node):
+            self.bases[node] = self.bases.get(first, first)
+            if in_place or name in ("detach", "alias"):
+                self.layouts[node] = self.layouts.get(first, first)
+
+    def _share_item(self, node: fx.Node) -> None:
+        """Note whose memory an item of a tuple is: of parts of a tensor that of the whole, of a region's results what it is inside."""
+        whole, place = node.args
+        if whole in self.results and isinstance(place, int):
+            inner = self.results[whole][place]
+            self.bases[node], self.layouts[node] = self.bases.get(inner, inner), self.layouts.get(inner, inner)
+        elif whole in self.bases:
+            self.bases[node] = self.bases[whole]
+
+    def _write(self, site: Site, node: fx.Node, result: Value) -> None:
+        """Let the tensor that was written to, and all that share its memory, hold what was written."""
         written = node.args[0]
         if not isinstance(written, fx.Node):
             return
-        before = env[written]
-        base = self.aliases.get(written, written)
-        views = [n for n, b in self.aliases.items() if b is base and n is not written] + (
-            [base] if base is not written else []
-        )
-        same = [f.at for f in before.fields] == [f.at for f in result.fields] and len(before.fields) == len(
-            result.fields
-        )
-        for node_ in views:
-            other = env.get(node_)
-            if isinstance(other, Value) and not same:
-                for field in (*other.fields, *result.fields):
-                    site.freeze(field, "it is written to in place through a view")
-        env[written] = result
+        before, base = self.env[written], self.bases.get(written, written)
+        layout = self.layouts.get(written, written)
+        for other, value in list(self.env.items()):
+            if not isinstance(value, Value) or self.bases.get(other, other) is not base:
+                continue
+            if self.layouts.get(other, other) is layout:
+                self.env[other] = result
+                continue
+            if [_nature(f) for f in before.fields] != [_nature(f) for f in result.fields]:
+                for field in (*value.fields, *result.fields):
+                    site.freeze(field, f"{site.name} writes to it in place through a view")
+            self.env[other] = dataclasses.replace(value, fill=None, source=None)
 
     def _region(self, node: fx.Node, args: Sequence[Any]) -> Any:
         """Follow a region of the graph that runs under its own gradient or autocast mode; other higher operations are unknown."""
@@ -178,7 +215,16 @@ class Interpreter:
         name = str(node.target)
         if len(bodies) == 1 and ("set_grad_enabled" in name or "autocast" in name):
             index = next(i for i, arg in enumerate(args) if arg is bodies[0])
-            return self._graph(bodies[0].graph, bodies[0], args[index + 1 :])
+            inputs = [inner for inner in bodies[0].graph.nodes if inner.op == "placeholder"]
+            for inner, outer in zip(inputs, node.args[index + 1 :], strict=True):
+                self.env[inner] = self._values(outer)
+                if isinstance(outer, fx.Node):
+                    self.bases[inner], self.layouts[inner] = (
+                        self.bases.get(outer, outer),
+                        self.layouts.get(outer, outer),
+                    )
+            self.results[node] = self._graph(bodies[0].graph, bodies[0])
+            return self._values(self.results[node])
         for value in _leaves(args):
             for field in value.fields:
                 self.labels.freeze(field.labels, f"it goes through the operation {name}, which is not known")
@@ -192,6 +238,19 @@ def unknown(site: Site, *args: Any, **kwargs: Any) -> Any:
         for field in value.fields:
             site.freeze(field, f"it goes through {site.name}, an operation that is not known")
     return site.outputs()
+
+
+def _takes(rule: Rule, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a rule is written for these operands."""
+    try:
+        inspect.signature(rule).bind(site, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _nature(field: Field) -> tuple[Any, ...]:
+    return field.axes, field.at, field.weights
 
 
 def _leaves(value: Any) -> list[Value]:

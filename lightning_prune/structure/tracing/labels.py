@@ -5,6 +5,7 @@ freezes them (with the reason), or ties counts (of several blocks, equally many 
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -92,7 +93,11 @@ class Labels:
         self.grouped: dict[str, np.ndarray] = {}
         self.taken: dict[str, float | None] = {}
         self._values: dict[str, Value] = {}
+        self.biases: dict[str, set[tuple[str, ...]]] = {}
+        self.touched: list[np.ndarray] = []
         self._edges: list[np.ndarray] = []  # not yet solved
+        self._alike: list[np.ndarray] = []
+        self._replaced: list[tuple[np.ndarray, Tensor]] = []
         self._parent = np.zeros(0, np.int64)
         self._frozen: list[tuple[np.ndarray, str]] = []
 
@@ -118,10 +123,20 @@ class Labels:
         if known is not None and known.labels.ndim == 2:
             self.unite(torch.from_numpy(known.labels), labels)
             return
+        if known is not None:
+            self._replaced.append((known.labels, labels))
         self.slots = [s for s in self.slots if s is not known] + [Slot(name, axis, labels.numpy())]
 
-    def unite(self, a: Tensor, b: Tensor) -> None:
-        """Tie labels element by element; the shapes broadcast."""
+    def unite(self, a: Tensor, b: Tensor, alike: bool = False) -> None:
+        """Tie labels element by element; the shapes broadcast.
+
+        Args:
+            a: Labels.
+            b: Labels.
+            alike: Whether the masked model holds slices of both at zero or of none: they are added to each other before data meets them.
+        """
+        self.touch(a)
+        self.touch(b)
         for axis in range(-1, -1 - min(a.ndim, b.ndim), -1):  # an axis along which neither changes needs one element
             if a.shape[axis] == b.shape[axis] and not a.stride(axis) and not b.stride(axis):
                 a, b = a.narrow(axis, 0, 1), b.narrow(axis, 0, 1)
@@ -132,6 +147,12 @@ class Labels:
             keys = np.unique(pairs[0] * np.int64(self.count + 1) + pairs[1])
             pairs = np.stack([keys // (self.count + 1), keys % (self.count + 1)])
         self._edges.append(pairs)
+        if alike:
+            self._alike.append(pairs)
+
+    def touch(self, labels: Tensor) -> None:
+        """Note that a rule has seen to ``labels``; labels of an operand that no rule sees to would be lost."""
+        self.touched.append(core(labels).flatten().numpy())
 
     def merge(self, field: Field, axes: tuple[int, ...]) -> Field:
         """Tie the labels along ``axes`` to each other; return the field, which does not change along them any more."""
@@ -145,15 +166,19 @@ class Labels:
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Let labels never leave."""
+        self.touch(labels)
         self._frozen.append((np.unique(core(labels).numpy()), reason))
 
     def produce(self, field: Field) -> None:
-        """Note that parameters write to the channels of ``field``: the masked model holds their slices at zero."""
-        if field.weights:
+        """Note that parameters write to the channels of ``field``: the masked model holds their slices at zero, where that makes a constant."""
+        self.touch(field.labels)
+        if field.weights and field.at is not None:
             self.produced.update(core(field.labels).flatten().tolist())
 
     def tie(self, *blocks: Tensor) -> None:
         """Let equally many labels of each block leave; blocks are vectors of one length."""
+        for block in blocks:
+            self.touch(block)
         if len(blocks) > 1:
             self.ties.append(tuple(core(block).flatten().numpy() for block in blocks))
 
@@ -165,16 +190,15 @@ class Labels:
     def solve(self) -> np.ndarray:
         """Return the smallest label that each label is tied to, ``[count]``."""
         parent = np.concatenate([self._parent, np.arange(len(self._parent), self.count)])
-        edges = np.concatenate(self._edges, axis=1) if self._edges else np.zeros((2, 0), np.int64)
-        while edges.shape[1]:
-            a, b = parent[edges[0]], parent[edges[1]]
-            apart = a != b
-            edges, a, b = edges[:, apart], a[apart], b[apart]
-            np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
-            while not (parent[parent] == parent).all():
-                parent = parent[parent]
-        self._parent, self._edges = parent, []
-        return parent
+        self._parent, self._edges = joined(parent, self._edges), []
+        return self._parent
+
+    def zeroed(self) -> np.ndarray:
+        """Return of which labels the masked model holds the slices at zero, ``[count]``, boolean."""
+        held = np.zeros(self.count, bool)
+        held[list(self.produced)] = True
+        alike = joined(np.arange(self.count), self._alike)
+        return np.isin(alike, alike[held])
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
         """Return why a root never leaves, by root; those that may leave are not in it."""
@@ -187,9 +211,24 @@ class Labels:
 
     def settle(self) -> np.ndarray:
         """Tie what the grids demand, whole rows or whole columns, whichever leaves more units; return the roots."""
+        self._freeze_conflicts()
         for grid in self.grids:
             self._settle(grid)
         return self.solve()
+
+    def _freeze_conflicts(self) -> None:
+        """Freeze what two uses of one tensor ask different things of."""
+        zeroed = self.zeroed()
+        columns = {slot.tensor: slot.labels for slot in self.slots if slot.axis == 1}
+        for weight, absorbed in self.absorbed.items():
+            if weight in columns and zeroed[columns[weight]].any():
+                reason = f"{weight} would have to take up its constant {absorbed.value:.3g}, and writes channels with the same slices"
+                self.freeze(torch.from_numpy(columns[weight]), reason)
+        tied = [pairs.reshape(-1) for pairs in self._edges] + [labels for labels, _ in self._frozen]
+        seen = np.concatenate(tied) if tied else np.zeros(0, np.int64)
+        for before, labels in self._replaced:
+            if np.isin(before, seen).any():
+                self.freeze(labels, "the weight of a grouped convolution is used in another way, too")
 
     def _settle(self, grid: np.ndarray) -> None:
         roots = self.solve()
@@ -208,18 +247,29 @@ class Labels:
         self.unite(torch.from_numpy(classes), torch.from_numpy(np.ascontiguousarray(best)))
 
 
+def joined(parent: np.ndarray, edges: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the smallest number that each is connected to.
+
+    Args:
+        parent: The smallest that each is known to be connected to, ``[count]``.
+        edges: Further connections, ``[2, n]`` each.
+    """
+    parent = parent.copy()
+    pairs = np.concatenate(edges, axis=1) if len(edges) else np.zeros((2, 0), np.int64)
+    while pairs.shape[1]:
+        a, b = parent[pairs[0]], parent[pairs[1]]
+        apart = a != b
+        pairs, a, b = pairs[:, apart], a[apart], b[apart]
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+        while not (parent[parent] == parent).all():
+            parent = parent[parent]
+    return parent
+
+
 def _free_classes(classes: np.ndarray, first: np.ndarray, frozen: np.ndarray) -> int:
     """Count the classes that could still leave if every slice of a grid were tied to its ``first`` element."""
     pairs = np.stack([classes.reshape(-1), np.broadcast_to(first, classes.shape).reshape(-1)])
     names, inverse = np.unique(pairs, return_inverse=True)
-    inverse = inverse.reshape(pairs.shape)
-    parent = np.arange(len(names))
-    while True:
-        a, b = parent[inverse[0]], parent[inverse[1]]
-        if (a == b).all():
-            break
-        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
-        while not (parent[parent] == parent).all():
-            parent = parent[parent]
+    parent = joined(np.arange(len(names)), [inverse.reshape(pairs.shape)])
     bad = set(parent[np.isin(names, frozen)].tolist())
     return len(set(parent.tolist()) - bad)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.structure.tracing.elementwise import combine
+from lightning_prune.structure.tracing.elementwise import combine, pointwise
 from lightning_prune.structure.tracing.site import Site
 from lightning_prune.structure.tracing.values import Field, Value, core, tidy, varying
 
@@ -16,17 +16,17 @@ def batch_norm(
     site: Site, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, var: Value | None, *_: Any
 ) -> Value:
     """Normalize every channel by itself; the masked model holds scale, shift and, without a scale, the mean at zero."""
-    return _by_channel(site, x, [weight, bias, mean, var], weight is not None, 1 if weight is None else 2)
+    return _by_channel(site, x, [weight, bias, mean, var], 1 if weight is None else 2)
 
 
 def instance_norm(
     site: Site, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, var: Value | None, *_: Any
 ) -> Value:
     """Normalize every channel of every example by itself."""
-    return _by_channel(site, x, [weight, bias, mean, var], weight is not None, 4 if weight is None else 5)
+    return _by_channel(site, x, [weight, bias, mean, var], 4 if weight is None else 5)
 
 
-def _by_channel(site: Site, x: Value, parts: Sequence[Value | None], affine: bool, price: int) -> Value:
+def _by_channel(site: Site, x: Value, parts: Sequence[Value | None], price: int) -> Value:
     for field in x.fields:
         if 1 not in field.axes:
             site.freeze(field, f"{site.name} normalizes over it")
@@ -34,7 +34,7 @@ def _by_channel(site: Site, x: Value, parts: Sequence[Value | None], affine: boo
     if channels is None:
         for part in parts:
             site.freeze_all(part, f"{site.name} normalizes channels whose number is fixed")
-        return Value(x.shape, (), x.fill)
+        return Value(x.shape)
     channels = site.labels.merge(channels, tuple(a for a in channels.axes if a != 1))
     line = core(channels.labels).flatten()
     site.labels.produce(channels)
@@ -43,12 +43,22 @@ def _by_channel(site: Site, x: Value, parts: Sequence[Value | None], affine: boo
             site.labels.unite(line, core(field.labels).flatten())
             if index < 2:
                 site.labels.produce(field)
-            elif index == 2 and not affine:
+            elif index == 2 and parts[0] is None:
                 site.labels.produced.update(core(field.labels).flatten().tolist())
     fixed = math.prod(size for axis, size in enumerate(x.shape) if axis != 1)
     site.cost(fixed * price, [line])
-    at = 0.0 if affine or channels.at == 0 else None
+    if isinstance(site.module, nn.modules.batchnorm._NormBase) and all(part is None for part in parts):
+        site.sized(len(line), line, 0, "num_features")
+    at = _left(parts[0], parts[1]) if parts[0] is not None else 0.0 if channels.at == 0 else None
     return Value(x.shape, (Field(channels.labels, at, False),))
+
+
+def _left(scale: Value, shift: Value | None) -> float | None:
+    """Return what is left of a channel behind a norm whose scale the masked model holds at zero: the shift."""
+    if any(field.at != 0 for field in scale.fields):
+        return None
+    shifts = [field.at for field in shift.fields] if shift is not None else [0.0]
+    return shifts[0] if len(shifts) == 1 else None
 
 
 def layer_norm(
@@ -61,10 +71,8 @@ def layer_norm(
         site.freeze_all(part if isinstance(part, Value) else None, why)
     found = _over(site, x, axes, why, at=None)
     price = math.prod(x.shape) * (4 if weight is None else 5)
-    for field in found.fields:
-        counted = math.prod(x.shape[axis] for axis in field.axes)
-        site.cost(price // counted, [field.labels])
-        break
+    counted = math.prod(x.shape[axis] for field in found.fields for axis in field.axes)
+    site.cost(price // counted, [field.labels for field in found.fields])
     return found
 
 
@@ -95,10 +103,13 @@ def group_norm(
         for field in part.fields if isinstance(part, Value) else ():
             site.labels.unite(line, core(field.labels).flatten())
             site.labels.produce(field)
-    site.sized(groups, rows[:, :1], 0, "num_groups" if type(site.module) is nn.GroupNorm else None)
+    known = isinstance(site.module, nn.GroupNorm) and site.module.num_groups == groups
+    site.sized(groups, rows[:, :1], 0, "num_groups" if known else None)
+    if known and weight is None:
+        site.sized(len(line), line, 0, "num_channels")
     fixed = math.prod(size for axis, size in enumerate(x.shape) if axis != 1)
     site.cost(fixed * (4 if weight is None else 5), [line])
-    at = 0.0 if weight is not None or channels.at is not None else None
+    at = _left(weight, bias) if weight is not None else 0.0 if channels.at is not None else None
     return Value(x.shape, (Field(channels.labels, at, False),))
 
 
@@ -128,14 +139,17 @@ def softmax(site: Site, x: Value, dim: int, *_: Any, **__: Any) -> Value:
 
 def cumulate(site: Site, x: Value, dim: int, *_: Any, **__: Any) -> Value:
     """Run along ``dim``."""
-    return _over(site, x, (dim,), f"{site.name} runs along it", at=lambda at: 0.0 if at == 0 else None)
+    zero = site.target._schema.name in ("aten::cumsum", "aten::cumprod")
+    return _over(site, x, (dim,), f"{site.name} runs along it", at=lambda at: 0.0 if at == 0 and zero else None)
 
 
 def reduction(site: Site, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Reduce over some axes; sums and norms of what is zero when masked are exact, all others need every channel."""
     kind = site.target._schema.name.removeprefix("aten::")
+    if any(isinstance(other, Value) for other in (*args, *kwargs.values())):
+        return pointwise(site, x, *args, **kwargs)  # the larger one of two
     dims = _dims(site, x, args, kwargs)
-    sums = kind in ("sum", "linalg_vector_norm", "norm", "nansum")
+    sums = kind in ("sum", "nansum") or (kind in ("linalg_vector_norm", "norm") and _order(site, args, kwargs) > 0)
     constant = {
         "sum": _zero,
         "nansum": _zero,
@@ -155,8 +169,20 @@ def reduction(site: Site, x: Value, *args: Any, **kwargs: Any) -> Any:
     found = _over(site, rest, dims, f"{site.name} goes over it", at=at)
     example = site.node.meta["val"]
     outputs = tuple(example) if isinstance(example, tuple | list) else (example,)
-    results = tuple(_reduced(found, dims, tuple(t.shape)) for t in outputs)
-    return results if isinstance(example, tuple | list) else results[0]
+    results = [_reduced(found, dims, tuple(t.shape)) for t in outputs]
+    results[1:] = [_inconstant(value) for value in results[1:]]  # indices
+    return tuple(results) if isinstance(example, tuple | list) else results[0]
+
+
+def _inconstant(value: Value) -> Value:
+    return dataclasses.replace(value, fields=tuple(dataclasses.replace(f, at=None) for f in value.fields), fill=None)
+
+
+def _order(site: Site, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+    """Return the order of a norm; norms of order 0 or less see the channels that are zero."""
+    given = dict(zip([a.name for a in site.target._schema.arguments][1:], args, strict=False)) | kwargs
+    order = given.get("ord", given.get("p", 2))
+    return 2.0 if order is None else float(order)
 
 
 def _zero(at: float | None) -> float | None:
@@ -199,6 +225,7 @@ def pooling(site: Site, x: Value, *args: Any, **kwargs: Any) -> Any:
     given = dict(zip([a.name for a in site.target._schema.arguments][1:], args, strict=False)) | kwargs
     padding = given.get("padding", 0)
     padded = "avg_pool" in kind and any(padding if isinstance(padding, tuple | list) else [padding])
+    padded |= given.get("divisor_override") is not None
     fields = []
     for field in x.fields:
         if set(field.axes) <= set(axes):
@@ -210,15 +237,16 @@ def pooling(site: Site, x: Value, *args: Any, **kwargs: Any) -> Any:
         fields.append((labels, at))
     example = site.node.meta["val"]
     outputs = tuple(example) if isinstance(example, tuple | list) else (example,)
-    values = tuple(
+    values = [
         Value(tuple(t.shape), tuple(Field(labels.expand(tuple(t.shape)), at, False) for labels, at in fields))
         for t in outputs
-    )
+    ]
+    values[1:] = [_inconstant(value) for value in values[1:]]  # indices
     if kind in _PRICED and fields:
         into = math.prod(x.shape) if kind == "adaptive_avg_pool2d" else math.prod(values[0].shape) * _PRICED[kind]
-        labels = fields[0][0]
-        site.cost(into // math.prod(labels.shape[a] for a in varying(labels)), [labels])
-    return values if isinstance(example, tuple | list) else values[0]
+        counted = math.prod(labels.shape[a] for labels, _ in fields for a in varying(labels))
+        site.cost(into // counted, [labels for labels, _ in fields])
+    return tuple(values) if isinstance(example, tuple | list) else values[0]
 
 
 _PRICED = {
@@ -245,9 +273,11 @@ def glu(site: Site, x: Value, dim: int = -1) -> Value:
     for start in (0, half):
         fields = tuple(Field(tidy(f.labels.narrow(dim, start, half)), f.at, f.weights) for f in x.fields)
         parts.append(Value(site.shape, tuple(f for f in fields if f.axes)))
-    first, second = parts[0].along(dim), parts[1].along(dim)
-    if first is not None and second is not None and first.axes == second.axes == (dim,):
-        site.labels.tie(core(first.labels).flatten(), core(second.labels).flatten())
+    channels = x.along(dim)
+    if channels is not None and channels.axes == (dim,) and half > 1:
+        site.labels.tie(*core(channels.labels).flatten().split(half))
+    elif channels is not None:
+        site.freeze(channels, f"{site.name} halves it")
     return combine(site, parts, lambda ats: 0.0 if ats[0] == 0 else None)
 
 
@@ -302,7 +332,6 @@ RULES: dict[str, Any] = {
             "adaptive_max_pool1d",
             "adaptive_max_pool2d",
             "adaptive_max_pool3d",
-            "lp_pool2d",
             "upsample_nearest1d",
             "upsample_nearest2d",
             "upsample_nearest3d",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prune.structure.tracing.elementwise import combine
 from lightning_prune.structure.tracing.site import Site
-from lightning_prune.structure.tracing.values import Field, Value, core
+from lightning_prune.structure.tracing.values import Field, Value, core, tidy
 
 Operand = tuple[Value, str]  # a tensor and a letter for each of its axes, as in einsum
 
@@ -24,7 +24,7 @@ def contract(site: Site, operands: Sequence[Operand], out: str, bias: Value | No
     summed = {letter for letter in sizes if letter not in out}
     _tie_summed(site, operands, summed, bias)
     views = [_laid_out(_rows(site, value, letters, summed), letters, out) for value, letters in operands]
-    result = combine(site, views, lambda ats: 0.0 if 0.0 in ats else None, shape)
+    result = combine(site, views, lambda ats: 0.0 if 0.0 in ats else None, shape, product=True)
     result = dataclasses.replace(result, fill=None)
     _price(site, operands, sizes)
     if bias is not None:
@@ -85,7 +85,8 @@ def _exact_sum(site: Site, one: tuple[Field, Value], two: tuple[Field, Value], b
         site.labels.produce(one[0])
     elif one[0].weights or two[0].weights:
         (data, _), (_, weight) = (two, one) if one[0].weights else (one, two)
-        take_up(site, data, weight, bias)
+        field = two[0] if weight is two[1] else one[0]
+        take_up(site, data, weight if field.axes == (1,) else dataclasses.replace(weight, source=None), bias)
     elif 0.0 not in (one[0].at, two[0].at):
         site.freeze(one[0], f"its channels are not zero when masked, and {site.name} sums over them")
 
@@ -167,10 +168,16 @@ def _batch(batch: str, value: Value) -> str:
     return batch[len(batch) - own :]
 
 
-def added_product(site: Site, bias: Value, a: Value, b: Value, **_: Any) -> Value:
-    """``bias + a @ b``."""
+def added_product(site: Site, bias: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    """``beta * bias + alpha * a @ b``."""
     first, second = ("BYK", "BKZ") if len(a.shape) == 3 else ("YK", "KZ")
+    if beta != 1:
+        bias = dataclasses.replace(bias, fields=tuple(_scaled(f) for f in bias.fields), fill=None, source=None)
     return contract(site, [(a, first), (b, second)], first[:-1] + "Z", bias)
+
+
+def _scaled(field: Field) -> Field:
+    return field if field.at == 0 else dataclasses.replace(field, at=None)
 
 
 def einsum(site: Site, equation: str, operands: Sequence[Value], *_: Any, **__: Any) -> Value:
@@ -231,7 +238,7 @@ def attention(
         )
     joined = combine(site, views, lambda ats: ats[2], (*shape[:-1], 1))
     fields = [Field(f.labels.expand(shape), f.at, f.weights) for f in joined.fields]
-    if not any(len(shape) - 3 in f.axes for f in fields):
+    if value.along(rank - 3) is None:
         fields += [f for f in value.fields if f.axes == (rank - 1,)]
     heads = next((f.labels[..., :1, :1] for f in joined.fields if f.axes == (rank - 3,)), None)
     wide = next((f.labels[..., :1, :] for f in value.fields if f.axes == (rank - 1,)), None)
@@ -255,7 +262,7 @@ def _heads(site: Site, part: Value, wide: bool = False) -> Value:
 
 
 def _repeated(part: Value, groups: int) -> Value:
-    fields = tuple(Field(f.labels.repeat_interleave(groups, -3), f.at, f.weights) for f in part.fields)
+    fields = tuple(Field(tidy(f.labels.repeat_interleave(groups, -3)), f.at, f.weights) for f in part.fields)
     return Value((*part.shape[:-3], part.shape[-3] * groups, *part.shape[-2:]), fields)
 
 
@@ -273,12 +280,15 @@ def _price_attention(
 
 def weight_norm(site: Site, direction: Value, length: Value, dim: int = 0) -> Value:
     """``length * direction / |direction|``: the length alone is held at zero, a direction of zeros would give 0 / 0."""
+    why = f"{site.name} takes the norm over it"
     for field in direction.fields:
-        if dim % len(direction.shape) not in field.axes:
-            site.freeze(field, f"{site.name} takes the norm over it")
+        if field.axes != (dim % len(direction.shape),):
+            site.freeze(field, why)
     own = direction.along(dim)
-    scale = length.along(dim)
+    scale = length.along(dim) if len(length.shape) == len(direction.shape) else None
     if own is None or scale is None:
+        site.freeze_all(direction, why)
+        site.freeze_all(length, why)
         return Value(site.shape, (), None, None, True)
     site.labels.unite(core(own.labels).flatten(), core(scale.labels).flatten())
     site.labels.produce(scale)

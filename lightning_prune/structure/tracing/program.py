@@ -65,8 +65,26 @@ def export(model: nn.Module, call: Call, training: bool = False) -> Program:
         if spec.kind in kinds and spec.target is not None:
             name = f"{prefix}{spec.target}"
             tensors[spec.arg.name] = names.get(id(known.get(name)), name)
-    exported.graph_module.graph.eliminate_dead_code()  # attention weights that nobody reads would hold the heads
+    exported.graph_module.graph.eliminate_dead_code(_acts)  # attention weights that nobody reads would hold the heads
     return Program(exported.graph_module.graph, exported.graph_module, tensors, call, training)
+
+
+def _acts(node: fx.Node) -> bool:
+    """Tell whether a node does more than to return something: a region may write in place."""
+    return node.is_impure() or isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def bias_uses(program: Program) -> dict[str, set[tuple[str, ...]]]:
+    """Return what every bias of a graph is a bias of, by its name: the name of the weight; nothing for any other use."""
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for node in program.graph.nodes:
+        name = program.tensors.get(node.name)
+        for user in node.users if name is not None else ():
+            args = user.args
+            weight = args[1] if len(args) > 2 and args[2] is node and args[1] is not node else None
+            known = program.tensors.get(weight.name) if isinstance(weight, fx.Node) else None
+            found.setdefault(name, set()).add(() if known is None else (known,))
+    return found
 
 
 def reads_training(model: nn.Module) -> bool:
@@ -91,10 +109,10 @@ def _names_in(kind: type) -> set[str]:
 
 
 def location(node: fx.Node) -> tuple[str, str]:
-    """Return file and line of the user's code that made a node, and the code itself; empty where it is not known."""
+    """Return file and line of the user's code that made a node, and the code itself; empty where there is none: modules of torch in a row."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
     frames = [(i, line.strip()) for i, line in enumerate(lines) if line.strip().startswith("File ")]
-    own = [item for item in frames if not any(part in item[1] for part in _FOREIGN)] or frames
+    own = [item for item in frames if not any(part in item[1] for part in _FOREIGN)]
     if not own:
         return "", ""
     index, frame = own[-1]

@@ -59,8 +59,8 @@ def recurrent(
     ragged = hidden.reshape(len(every), *(1,) * (len(sizes) - 2), -1).expand(sizes)
     whole = Value(outputs[0].shape, (Field(vector(torch.cat(last), rank - 1, outputs[0].shape), 0.0, False),))
     states_out = Field(ragged, 0.0, False)
-    if any(not _picks_one_layer(user) for getitem in list(site.node.users)[1:] for user in getitem.users):
-        site.labels.grid(states_out)
+    if any(not _picks_one_layer(user) for getitem in site.node.users if getitem.args[1] for user in getitem.users):
+        site.labels.unite(hidden, hidden[:1])  # the same units of every layer and direction
     return (whole, *(Value(sizes, (states_out,)) for _ in outputs[1:]))
 
 

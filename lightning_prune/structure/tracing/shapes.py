@@ -1,5 +1,6 @@
 """Rules for operations that move elements: they are run on the labels themselves."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +27,11 @@ def moved(site: Site, value: Value, move: Any) -> Any:
             for own, labels in zip(parts, move(field.labels), strict=True):
                 own.append(_checked(site, labels, field))
         return tuple(
-            Value(tuple(t.shape), _present(own), value.fill, None, value.weights)
+            Value(tuple(t.shape), _apart(site, own), value.fill, None, value.weights)
             for t, own in zip(example, parts, strict=True)
         )
     fields = [_checked(site, move(field.labels), field) for field in value.fields]
-    return Value(tuple(example.shape), _present(fields), value.fill, None, value.weights)
+    return Value(tuple(example.shape), _apart(site, fields), value.fill, None, value.weights)
 
 
 def _run(site: Site, labels: Tensor, args: Any, kwargs: Any) -> Any:
@@ -48,8 +49,15 @@ def _checked(site: Site, labels: Tensor, field: Field) -> Field:
     return found
 
 
-def _present(fields: Sequence[Field]) -> tuple[Field, ...]:
-    return tuple(field for field in fields if field.axes)
+def _apart(site: Site, fields: Sequence[Field]) -> tuple[Field, ...]:
+    """Return the fields that have axes; of two that have come to lie along one axis, that with fewer labels stays whole."""
+    found: list[Field] = []
+    for field in sorted(fields, key=lambda f: -core(f.labels).unique().numel()):
+        if any(set(field.axes) & set(other.axes) for other in found):
+            site.freeze(field, f"{site.name} lays it and other channels along one axis")
+        elif field.axes:
+            found.append(field)
+    return tuple(found)
 
 
 def view(site: Site, value: Value, size: Sequence[int], *_: Any) -> Value:
@@ -91,7 +99,13 @@ def expand(site: Site, value: Value, size: Sequence[int], *_: Any, **__: Any) ->
 
 def expand_as(site: Site, value: Value, other: Value) -> Value:
     """Expand to the shape of another tensor: where that shrinks, nothing is written down."""
-    return moved(site, value, lambda labels: labels.expand(site.shape))  # type: ignore[no-any-return]
+    shape = Value(other.shape, tuple(dataclasses.replace(f, weights=False) for f in other.fields))
+    return combine(site, [value, shape], lambda ats: ats[0])
+
+
+def view_as(site: Site, value: Value, other: Value) -> Value:
+    """Reshape to the shape of another tensor."""
+    return expand_as(site, reshaped(site, value), other)
 
 
 def _note_sizes(site: Site, value: Value, written: Sequence[int]) -> None:
@@ -186,10 +200,16 @@ def chunk(site: Site, value: Value, chunks: int, dim: int = 0) -> Any:
     if field is None:
         return found
     widths = [part.shape[dim] for part in found]
-    if len(set(widths)) == 1:
+    if len(set(widths)) != 1:
+        site.freeze(field, f"{site.name} cuts it into unequal parts")
+    elif field.axes == (dim,):
         _tie_parts(site, found, dim, widths)
     else:
-        site.freeze(field, f"{site.name} cuts it into unequal parts")
+        site.labels.written = True
+        for part, width in zip(found, widths, strict=True):
+            own = part.along(dim)
+            if own is not None:
+                site.sized(width, own, dim)
     return found
 
 
@@ -218,13 +238,57 @@ def slice_(
     if step != 1:
         site.freeze(field, f"every {step}th channel is picked by {site.name}")
         return found
-    for bound, before in ((first, field.labels.narrow(dim, 0, first)), (last, field.labels.narrow(dim, 0, last))):
+    for bound, given in ((first, start), (last, end)):
         if 0 < bound < size:
-            site.sized(bound, before, dim)
-            part = bound if size % bound == 0 else size - bound if size % (size - bound) == 0 else 0
-            if part and field.axes == (dim,):
-                site.labels.tie(*core(field.labels).flatten().split(part))
+            _note_bound(site, field, dim, bound, from_end=given is not None and given < 0)
     return found
+
+
+def _note_bound(site: Site, field: Field, dim: int, bound: int, from_end: bool) -> None:
+    """Let the place where a piece starts or ends follow what leaves before it, or behind it if it is counted from the end."""
+    size = field.labels.shape[dim]
+    if from_end:
+        site.sized(size - bound, field.labels.narrow(dim, bound, size - bound), dim)
+    else:
+        site.sized(bound, field.labels.narrow(dim, 0, bound), dim)
+    part = bound if size % bound == 0 else size - bound if size % (size - bound) == 0 else 0
+    if part and field.axes == (dim,):
+        site.labels.tie(*core(field.labels).flatten().split(part))
+
+
+def select(site: Site, value: Value, dim: int, place: int) -> Value:
+    """Pick one slice; what leaves before it would move its place."""
+    found: Value = literal(site, value, dim, place)
+    field = value.along(dim)
+    dim %= len(value.shape)
+    if field is not None:
+        site.labels.written |= dim > 0
+        size = value.shape[dim]
+        before = field.labels.narrow(dim, 0, place) if place >= 0 else field.labels.narrow(dim, size + place, -place)
+        if field.axes == (dim,):
+            site.labels.freeze(before, f"a channel beside it is picked by its number in {site.name}")
+        elif before.shape[dim]:
+            site.sized(before.shape[dim], before, dim)
+    return found
+
+
+def unbind(site: Site, value: Value, dim: int = 0) -> Any:
+    """Take all slices along ``dim`` apart; their number is fixed by the code behind."""
+    found = literal(site, value, dim)
+    field = value.along(dim)
+    if field is not None:
+        site.labels.written |= dim % len(value.shape) > 0
+        site.sized(value.shape[dim], field, dim % len(value.shape))
+    return found
+
+
+def squeeze(site: Site, value: Value, *dims: Any) -> Value:
+    """Drop axes of one element; where the code does not say which, a labelled axis keeps two."""
+    for field in value.fields if not dims else ():
+        for axis in field.axes:
+            few = field.labels.narrow(axis, 0, 2)
+            site.labels.freeze(few, f"{site.name} would drop the axis if only one channel were left")
+    return reshaped(site, value)
 
 
 def narrow(site: Site, value: Value, dim: int, start: int, length: int) -> Value:
@@ -247,15 +311,15 @@ def roll(site: Site, value: Value, shifts: Any, dims: Any = ()) -> Value:
 def index(site: Site, value: Value, indices: Sequence[Any]) -> Value:
     """Pick by tensors of indices: labels along other axes stay, those along the picked axes cannot leave."""
     picked = [axis for axis, i in enumerate(indices) if i is not None]
-    for field in value.fields:
-        if set(picked) & set(field.axes):
-            merged = site.labels.merge(field, tuple(a for a in picked if a in field.axes))
-            if not merged.axes:
-                site.freeze(field, f"it is picked by index in {site.name}")
+    for i in indices:
+        site.freeze_all(i, f"it is an index in {site.name}")
     kept = []
     for field in value.fields:
-        rest = site.labels.merge(field, tuple(a for a in picked if a in field.axes))
-        if rest.axes:
+        inner = tuple(a for a in picked if a in field.axes)
+        rest = site.labels.merge(field, inner) if inner else field
+        if not rest.axes:
+            site.freeze(field, f"it is picked by index in {site.name}")
+        else:
             zeros = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
             kept.append(
                 Field(
@@ -281,7 +345,8 @@ def pad(site: Site, value: Value, pads: Sequence[int], mode: str = "constant", f
     fields = []
     for field in value.fields:
         inside = padded & set(field.axes)
-        at = field.at if (field.at == (fill or 0.0) or mode != "constant") else None
+        goes_on = field.at == (fill or 0.0) or mode != "constant" or inside == padded
+        at = field.at if goes_on else None
         if inside and mode != "constant":
             site.freeze(field, f"it is mirrored by {site.name}")
             continue
@@ -330,7 +395,11 @@ def pixel_shuffle(site: Site, value: Value, *args: Any) -> Value:
 
 RULES: dict[str, Any] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view"), view),
-    **dict.fromkeys(("flatten", "ravel", "view_as", "reshape_as", "squeeze", "unsqueeze"), reshaped),
+    **dict.fromkeys(("flatten", "ravel", "unsqueeze"), reshaped),
+    **dict.fromkeys(("view_as", "reshape_as"), view_as),
+    "squeeze": squeeze,
+    "select": select,
+    "unbind": unbind,
     **dict.fromkeys(
         (
             "permute",
@@ -345,8 +414,6 @@ RULES: dict[str, Any] = {
             "adjoint",
             "matrix_H",
             "flip",
-            "select",
-            "unbind",
             "repeat",
             "tile",
         ),

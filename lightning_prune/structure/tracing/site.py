@@ -39,8 +39,12 @@ class Site:
     @property
     def name(self) -> str:
         """Name of the operation, with the line that calls it."""
-        name = self.target._schema.name.removeprefix("aten::")
-        return f"{name} ({self.where} `{self.code}`)" if self.where else name
+        return f"{self.target._schema.name.removeprefix('aten::')} ({self.place})"
+
+    @property
+    def place(self) -> str:
+        """The line that calls the operation; the module where no line of the user's does."""
+        return f"{self.where} `{self.code}`" if self.where else f"in {self.owner!r}"
 
     @property
     def module(self) -> nn.Module:
@@ -71,6 +75,11 @@ class Site:
         for field in value.fields if value is not None else ():
             self.freeze(field, reason)
 
+    def ignore(self, value: Any) -> None:
+        """Note that the operation reads nothing of ``value`` but what no removal changes: its type, its device."""
+        for field in value.fields if isinstance(value, Value) else ():
+            self.labels.touch(field.labels)
+
     def cost(self, factor: int, axes: Sequence[Tensor], divisor: int = 1) -> None:
         """Note multiply-adds that follow the number of kept labels; counted in eval mode only."""
         if axes and not self.training:
@@ -92,15 +101,15 @@ class Site:
             if rows.shape[0] != tensor.shape[axis]:
                 rows = rows.expand(tensor.shape[axis], *rows.shape[1:])
             found = np.ascontiguousarray(rows.reshape(rows.shape[0], -1).numpy())
-            self.labels.sizes.append(
-                Size(self.owner, attribute, before, found, self.node.name, f"{self.where} `{self.code}`")
-            )
+            self.labels.sizes.append(Size(self.owner, attribute, before, found, self.node.name, self.place))
 
     def absorb(self, weight: Value, bias: Value | None, at: float) -> bool:
-        """Let the bias take up channels that are the constant ``at``; return whether it can."""
+        """Let the bias take up channels that are the constant ``at``; return whether it can: it belongs to this weight ``[out, in, ...]`` alone."""
         if weight.source is None or bias is None or bias.source is None:
             return False
-        if weight.source.rpartition(".")[0] != bias.source.rpartition(".")[0]:
+        if weight.source.rpartition(".")[0] != bias.source.rpartition(".")[0] or bias.shape != weight.shape[:1]:
+            return False
+        if len(self.labels.biases.get(bias.source, ())) != 1:
             return False
         if weight.source in self.labels.absorbed and self.labels.absorbed[weight.source].value != at:
             return False
