@@ -92,7 +92,7 @@ def _own_shapes(
         if full in shapes:
             own[key] = shapes[full]
     if nn.utils.parametrize.is_parametrized(module):
-        for key, computed in module.parametrizations.items():  # type: ignore[union-attr]
+        for key, computed in module.parametrizations.items():  # type: ignore[union-attr,operator]
             for part, tensor in computed.named_parameters():
                 full = f"{name}.parametrizations.{key}.{part}".lstrip(".")
                 if full in shapes and tensor.shape == getattr(module, key).shape:

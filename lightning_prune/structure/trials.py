@@ -304,7 +304,8 @@ def _draw(
             leaves[np.isin(together, own[:1])] = False
         elif one and not leaves[group.units].any() and allowed[group.units].any() and len(set(own.tolist())) > 1:
             leaves[np.isin(together, random.choice(own[allowed[group.units]], 1))] = True
-    return ~leaves
+    kept: np.ndarray = ~leaves
+    return kept
 
 
 def _together(structure: Structure) -> np.ndarray:

@@ -140,10 +140,10 @@ WEIGHTS = {  # computed from parameters: what is held at zero, and is that enoug
         {"a": c(3, 6), "g": p(6), "b": p(6), "m": p(6), "o": c(6, 2)},
     ),
     "group norm with a shifted bias": (
-        lambda s, x: s.o(F.group_norm(s.a(x), 3, s.g, s.b + 1)),
+        lambda s, x: s.o(F.group_norm(s.a(x), s.k, s.g, s.b + 1)),
         IMAGE,
         3,
-        {"a": c(3, 6), "g": p(6), "b": p(6), "o": c(6, 2)},
+        {"k": 3, "a": c(3, 6), "g": p(6), "b": p(6), "o": c(6, 2)},
     ),
     "weight norm over everything": (
         lambda s, x: s.o(s.a(x)),

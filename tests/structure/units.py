@@ -68,7 +68,7 @@ def layer(name: str, *indices: int, bias: bool = True) -> set[tuple[str, int, in
 
 def tied(structure: Structure) -> list[list[set[Unit]]]:
     """Return every count tie as blocks of units."""
-    names = {unit: one for unit, one in enumerate(by_number(structure))}
+    names = dict(enumerate(by_number(structure)))
     return [[{names[unit] for unit in block.tolist()} for block in tie] for tie in structure.ties]
 
 

@@ -120,12 +120,13 @@ class Interpreter:
         return fx.map_arg(nodes, lambda node: self.env[node])
 
     def _attribute(self, module: nn.Module, name: str) -> Any:
+        found: Any = module
         for part in name.split("."):
-            module = getattr(module, part)
-        if isinstance(module, Tensor):
-            fill = float(module) if module.numel() == 1 and not module.is_meta and module.dtype != torch.bool else None
-            return Value(tuple(module.shape), fill=fill, weights=True)
-        return module
+            found = getattr(found, part)
+        if isinstance(found, Tensor):
+            fill = float(found) if found.numel() == 1 and not found.is_meta and found.dtype != torch.bool else None
+            return Value(tuple(found.shape), fill=fill, weights=True)
+        return found
 
     def _call(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         target = node.target
@@ -184,7 +185,8 @@ class Interpreter:
 
     def _share_item(self, node: fx.Node) -> None:
         """Note whose memory an item of a tuple is: of parts of a tensor that of the whole, of a region's results what it is inside."""
-        whole, place = node.args
+        whole: Any = node.args[0]
+        place = node.args[1]
         if whole in self.results and isinstance(place, int):
             inner = self.results[whole][place]
             self.bases[node], self.layouts[node] = self.bases.get(inner, inner), self.layouts.get(inner, inner)

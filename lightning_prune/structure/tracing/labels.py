@@ -140,7 +140,7 @@ class Labels:
         for axis in range(-1, -1 - min(a.ndim, b.ndim), -1):  # an axis along which neither changes needs one element
             if a.shape[axis] == b.shape[axis] and not a.stride(axis) and not b.stride(axis):
                 a, b = a.narrow(axis, 0, 1), b.narrow(axis, 0, 1)
-        a, b = torch.broadcast_tensors(a, b)
+        a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
         pairs = torch.stack([a.reshape(-1), b.reshape(-1)]).numpy()
         pairs = pairs[:, pairs[0] != pairs[1]]
         if pairs.shape[1] > 64:

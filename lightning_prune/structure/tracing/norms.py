@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_prune.structure.tracing.elementwise import combine, pointwise
@@ -232,7 +233,9 @@ def pooling(site: Site, x: Value, *args: Any, **kwargs: Any) -> Any:
             site.freeze(field, f"it is a place in {site.name}")
             continue
         whole = site.labels.merge(field, tuple(a for a in field.axes if a in axes))
-        labels = whole.labels[(..., *(slice(0, 1),) * spatial)]
+        labels = whole.labels
+        for place in axes:
+            labels = labels.narrow(place, 0, 1)
         at = whole.at if whole.at == 0 or not padded else None
         fields.append((labels, at))
     example = site.node.meta["val"]
@@ -275,7 +278,7 @@ def glu(site: Site, x: Value, dim: int = -1) -> Value:
         parts.append(Value(site.shape, tuple(f for f in fields if f.axes)))
     channels = x.along(dim)
     if channels is not None and channels.axes == (dim,) and half > 1:
-        site.labels.tie(*core(channels.labels).flatten().split(half))
+        site.labels.tie(*torch.split(core(channels.labels).flatten(), half))
     elif channels is not None:
         site.freeze(channels, f"{site.name} halves it")
     return combine(site, parts, lambda ats: 0.0 if ats[0] == 0 else None)

@@ -1,6 +1,7 @@
 """Rules for operations that sum products of two tensors: linear layers, matrix products, einsum, embeddings."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -238,12 +239,14 @@ def attention(
         )
     joined = combine(site, views, lambda ats: ats[2], (*shape[:-1], 1))
     fields = [Field(f.labels.expand(shape), f.at, f.weights) for f in joined.fields]
-    if value.along(rank - 3) is None:
-        fields += [f for f in value.fields if f.axes == (rank - 1,)]
-    heads = next((f.labels[..., :1, :1] for f in joined.fields if f.axes == (rank - 3,)), None)
-    wide = next((f.labels[..., :1, :] for f in value.fields if f.axes == (rank - 1,)), None)
+    wide = None
+    if value.along(rank - 3) is None:  # what the heads share may get narrower; the heads themselves then stay
+        wide = next(
+            (Field(core(f.labels).expand(shape), f.at, f.weights) for f in value.fields if f.axes == (rank - 1,)), None
+        )
+    heads = next((f for f in joined.fields if f.axes == (rank - 3,)), None)
     _price_attention(site, query, key, value, heads, wide)
-    return Value(shape, tuple(fields))
+    return Value(shape, tuple(fields) if wide is None else (*fields, wide))
 
 
 def _heads(site: Site, part: Value, wide: bool = False) -> Value:
@@ -267,15 +270,13 @@ def _repeated(part: Value, groups: int) -> Value:
 
 
 def _price_attention(
-    site: Site, query: Value, key: Value, value: Value, heads: Tensor | None, wide: Tensor | None
+    site: Site, query: Value, key: Value, value: Value, heads: Field | None, wide: Field | None
 ) -> None:
-    rows = 1
-    for axis, size in enumerate(query.shape[:-1]):
-        rows *= 1 if heads is not None and axis == len(query.shape) - 3 else size
-    if heads is not None:
-        site.cost(rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]), [heads])
-    elif wide is not None:
-        site.cost(rows * key.shape[-2], [wide])
+    scores = math.prod(query.shape[:-1]) * key.shape[-2]
+    if wide is not None:
+        site.cost(scores, [wide.labels])
+    elif heads is not None:
+        site.cost(scores // query.shape[-3] * (query.shape[-1] + value.shape[-1]), [heads.labels])
 
 
 def weight_norm(site: Site, direction: Value, length: Value, dim: int = 0) -> Value:

@@ -83,7 +83,7 @@ def bias_uses(program: Program) -> dict[str, set[tuple[str, ...]]]:
             args = user.args
             weight = args[1] if len(args) > 2 and args[2] is node and args[1] is not node else None
             known = program.tensors.get(weight.name) if isinstance(weight, fx.Node) else None
-            found.setdefault(name, set()).add(() if known is None else (known,))
+            found.setdefault(str(name), set()).add(() if known is None else (known,))
     return found
 
 

@@ -66,7 +66,7 @@ def recurrent(
 
 def _picks_one_layer(user: fx.Node) -> bool:
     """Tell whether an operation on the final states takes one layer and direction, whose units need not match the others'."""
-    return user.target is torch.ops.aten.select.int and user.args[1] == 0
+    return bool(user.target is torch.ops.aten.select.int and user.args[1] == 0)
 
 
 def _layer(

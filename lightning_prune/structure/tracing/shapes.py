@@ -52,7 +52,7 @@ def _checked(site: Site, labels: Tensor, field: Field) -> Field:
 def _apart(site: Site, fields: Sequence[Field]) -> tuple[Field, ...]:
     """Return the fields that have axes; of two that have come to lie along one axis, that with fewer labels stays whole."""
     found: list[Field] = []
-    for field in sorted(fields, key=lambda f: -core(f.labels).unique().numel()):
+    for field in sorted(fields, key=lambda f: -torch.unique(core(f.labels)).numel()):
         if any(set(field.axes) & set(other.axes) for other in found):
             site.freeze(field, f"{site.name} lays it and other channels along one axis")
         elif field.axes:
@@ -253,7 +253,7 @@ def _note_bound(site: Site, field: Field, dim: int, bound: int, from_end: bool) 
         site.sized(bound, field.labels.narrow(dim, 0, bound), dim)
     part = bound if size % bound == 0 else size - bound if size % (size - bound) == 0 else 0
     if part and field.axes == (dim,):
-        site.labels.tie(*core(field.labels).flatten().split(part))
+        site.labels.tie(*torch.split(core(field.labels).flatten(), part))
 
 
 def select(site: Site, value: Value, dim: int, place: int) -> Value:
