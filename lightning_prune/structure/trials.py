@@ -56,11 +56,11 @@ def try_sizes(model: nn.Module, calls: Sequence[Call], structure: Structure) -> 
 
 
 def _by_family(
-    model: nn.Module, calls: Sequence[Call], structure: Structure, families: Mapping[str, Sequence[Size]]
+    model: nn.Module, calls: Sequence[Call], structure: Structure, families: Sequence[Sequence[Size]]
 ) -> Structure:
-    """Try the units behind every line of code that writes a size alone; refuse those of which none can leave."""
+    """Try the units behind lines of code that write sizes alone; refuse those of which none can leave."""
     followed, refused = list(structure.sizes), []
-    for sizes in families.values():
+    for sizes in families:
         found = _alone(model, calls, structure, sizes)
         if found is None:
             refused.append(sizes)
@@ -110,13 +110,22 @@ def _fixes(size: Size) -> bool:
     )
 
 
-def _families(structure: Structure) -> dict[Any, list[Size]]:
-    """Gather the sizes that may fix units, those of the same code in modules of the same kind together."""
-    families: dict[Any, list[Size]] = {}
+def _families(structure: Structure) -> list[list[Size]]:
+    """Gather the sizes that may fix units: those of the same line of code together, and lines about the same units."""
+    lines: dict[str, list[Size]] = {}
     for size in structure.sizes:
         if _fixes(size):
-            families.setdefault(size.where, []).append(size)
-    return families
+            lines.setdefault(size.where, []).append(size)
+    families: list[tuple[np.ndarray, list[Size]]] = []
+    for sizes in lines.values():
+        touched = np.zeros(structure.count + 1, bool)
+        touched[np.concatenate([size.labels.reshape(-1) for size in sizes])] = True
+        touched[-1] = False
+        met = [known for known in families if (known[0] & touched).any()]
+        families = [known for known in families if not (known[0] & touched).any()]
+        joined = [size for _, own in met for size in own] + sizes
+        families.append((np.logical_or.reduce([touched, *(mask for mask, _ in met)]), joined))
+    return [sizes for _, sizes in families]
 
 
 def _alone(
@@ -187,20 +196,35 @@ def _failure(model: nn.Module, calls: Sequence[Call], structure: Structure, unit
 def _draws(structure: Structure, units: np.ndarray, thorough: bool) -> Iterator[np.ndarray]:
     """Yield sets of units that stay; with small numbers a size in the code may fit some of them by chance.
 
-    Of every two groups one loses much while the other loses nothing, and the other way round: the bits of its number decide for a group.
-    A model that is costly to run has the first bit tried alone.
+    The units of a group that lie on different sides of a size, before a cut and behind it, are cells. Of every two cells one loses units
+    while the other loses none, and the other way round: the bits of its number decide for a cell. A model that is costly to run has the
+    first bit tried alone.
     """
+    cells = _cells(structure)
     chosen = np.zeros(structure.count, bool)
     chosen[units] = True
-    among = np.array([bool(chosen[group.units].any()) for group in structure.groups])
+    among = np.array([bool(chosen[cell].any()) for cell in cells])
     numbers = np.cumsum(among) - 1
-    for bit in range(max(1, int(numbers[-1]).bit_length()) if thorough else 1):
-        share = 1.0 if bit % 2 == 0 else 0.5  # all but one, or about half
+    bits = [0, *range(max(1, int(numbers[-1]).bit_length()))] if thorough else [0]
+    for trial, bit in enumerate(bits):
+        share = 0.5 if trial % 2 == 0 else 1.0  # about half, or all but one
         for side in (0, 1):
             losing = among & ((numbers >> bit) % 2 == side)
-            yield _draw(structure, units, share * losing, losing, np.random.default_rng(bit))
+            yield _draw(structure, units, cells, share * losing, losing, np.random.default_rng(trial))
     for seed in range(4 if thorough else 2):
         yield draw(structure, units, seed=seed)
+
+
+def _cells(structure: Structure) -> list[np.ndarray]:
+    """Return the units of every group, apart where a size counts some of them."""
+    cell_of = np.zeros(structure.count, np.int64)
+    for index, group in enumerate(structure.groups):
+        cell_of[group.units] = index
+    for size in filter(_fixes, structure.sizes):
+        inside = np.zeros(structure.count, bool)
+        inside[size.labels[size.labels >= 0]] = True
+        cell_of = np.unique(2 * cell_of + inside, return_inverse=True)[1]
+    return [np.flatnonzero(cell_of == cell) for cell in range(cell_of.max() + 1)]
 
 
 def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: np.ndarray) -> str | None:
@@ -273,19 +297,26 @@ def draw(structure: Structure, units: np.ndarray, share: float = 0.5, seed: int 
     random = np.random.default_rng(seed)
     groups = len(structure.groups)
     chance = random.uniform(0, 2 * share, groups) * random.integers(0, 3, groups).clip(max=1)
-    return _draw(structure, units, chance, random.integers(0, 2, groups).astype(bool), random)
+    least = random.integers(0, 2, groups).astype(bool)
+    return _draw(structure, units, [group.units for group in structure.groups], chance, least, random)
 
 
 def _draw(
-    structure: Structure, units: np.ndarray, chance: np.ndarray, least: np.ndarray, random: np.random.Generator
+    structure: Structure,
+    units: np.ndarray,
+    cells: Sequence[np.ndarray],
+    chance: np.ndarray,
+    least: np.ndarray,
+    random: np.random.Generator,
 ) -> np.ndarray:
     """Return which units stay.
 
     Args:
         structure: All units.
         units: Numbers of those that may leave.
-        chance: Of each group, how probable it is that a unit leaves, ``[groups]``.
-        least: Whether each group loses one unit at least, ``[groups]``, boolean.
+        cells: All units, in parts that keep one unit each.
+        chance: Of each part, how probable it is that a unit leaves, ``[cells]``.
+        least: Whether each part loses one unit at least, if it has two, ``[cells]``, boolean.
         random: Draws.
     """
     together = _together(structure)
@@ -294,16 +325,17 @@ def _draw(
     blocked = np.zeros(structure.count, bool)
     np.logical_or.at(blocked, together, ~allowed)
     allowed &= ~blocked[together]
-    group_of = np.zeros(structure.count, np.int64)
-    for index, group in enumerate(structure.groups):
-        group_of[group.units] = index
-    leaves = (random.uniform(size=structure.count) < chance[group_of])[together] & allowed
-    for group, one in zip(structure.groups, least, strict=True):
-        own = together[group.units]
-        if leaves[group.units].all():
-            leaves[np.isin(together, own[:1])] = False
-        elif one and not leaves[group.units].any() and allowed[group.units].any() and len(set(own.tolist())) > 1:
-            leaves[np.isin(together, random.choice(own[allowed[group.units]], 1))] = True
+    cell_of = np.zeros(structure.count, np.int64)
+    for index, cell in enumerate(cells):
+        cell_of[cell] = index
+    leaves = (random.uniform(size=structure.count) < chance[cell_of])[together] & allowed
+    for cell, one in zip(cells, least, strict=True):
+        own = together[cell]
+        if one and not leaves[cell].any() and allowed[cell].any():
+            leaves[np.isin(together, random.choice(own[allowed[cell]], 1))] = True
+    for cell in cells:
+        if leaves[cell].all():
+            leaves[np.isin(together, random.choice(together[cell], 1))] = False
     kept: np.ndarray = ~leaves
     return kept
 

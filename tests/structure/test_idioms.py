@@ -390,6 +390,20 @@ PLACES = {
         4,
         {"a": c(3, 4), "o": c(4, 2, 3, padding=1, padding_mode="circular")},
     ),
+    "groups of a shuffle": (
+        lambda s, x: s.o(s.m(s.a(x))),
+        IMAGE,
+        3,
+        {"a": c(3, 6), "m": nn.ChannelShuffle(3), "o": c(6, 2)},
+    ),
+    "channels to space": (lambda s, x: s.o(F.pixel_shuffle(s.a(x), 2)), IMAGE, 2, {"a": c(3, 8), "o": c(2, 2)}),
+    "all channels to space": (lambda s, x: s.o(F.pixel_shuffle(s.a(x), 2)), IMAGE, 0, {"a": c(3, 4), "o": c(1, 2)}),
+    "cut at places": (
+        lambda s, x: s.o(sum(s.a(x).tensor_split([2, 4], -1))),
+        TOKENS,
+        0,
+        {"a": n(5, 6), "o": n(2, 2)},
+    ),
     "a gate of one channel": (lambda s, x: s.o(F.glu(s.a(x))), TOKENS, 0, {"a": n(5, 2), "o": n(1, 2)}),
 }
 PRODUCTS = {

@@ -1,7 +1,7 @@
 """Follow the labels through the graph of a call, operation by operation.
 
-Every operation has a rule in a table; rooms of rules are :mod:`.shapes`, :mod:`.elementwise`, :mod:`.products`, :mod:`.convolutions`, :mod:`.norms`
-and :mod:`.recurrent`. What no rule knows freezes the labels of its operands.
+Every operation has a rule in a table; rooms of rules are :mod:`.shapes`, :mod:`.pieces`, :mod:`.elementwise`, :mod:`.products`,
+:mod:`.convolutions`, :mod:`.norms` and :mod:`.recurrent`. What no rule knows, and what a rule loses sight of, freezes the labels concerned.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_prune.structure.calls import Call
-from lightning_prune.structure.tracing import convolutions, elementwise, norms, products, recurrent, shapes
+from lightning_prune.structure.tracing import convolutions, elementwise, norms, pieces, products, recurrent, shapes
 from lightning_prune.structure.tracing.labels import Labels
 from lightning_prune.structure.tracing.program import Program, bias_uses, export, location, owner, reads_training
 from lightning_prune.structure.tracing.site import Site
@@ -25,6 +25,7 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {
     **elementwise.RULES,
     **shapes.RULES,
+    **pieces.RULES,
     **products.RULES,
     **convolutions.RULES,
     **norms.RULES,

@@ -44,7 +44,7 @@ class Site:
     @property
     def place(self) -> str:
         """The line that calls the operation; the module where no line of the user's does."""
-        return f"{self.where} `{self.code}`" if self.where else f"in {self.owner!r}"
+        return f"{self.where} `{self.code}`" if self.where else f"module {self.owner!r}"
 
     @property
     def module(self) -> nn.Module:
