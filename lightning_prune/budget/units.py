@@ -173,6 +173,6 @@ def _cannot_be_met(
     return BudgetError(
         f"{name}: at most {bound:,}{' channels' if name == 'sparsity' else ''} asked for, but {least:,} is the least that "
         f"can be reached ({share} of the {dense:,} that the model has now). Bound by {', '.join(shown) or 'no group at all'}"
-        f"{others}, each at its smallest; groups that are no candidates: {len(groups) - len(binding)}. "
+        f"{others}, each at its smallest. "
         f"{'Lower' if name == 'sparsity' else 'Raise'} {name}, lower align or min_channels, or include more layers."
     )

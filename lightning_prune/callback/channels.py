@@ -105,6 +105,10 @@ class ChannelPruning(Compression):
                 f"{type(self).__name__}(scope={scope!r}): shares by group say themselves where channels leave; drop it."
             )
         check_choice(self, "schedule", ("cubic", "linear"))
+        if until_epoch is None and start_epoch:
+            raise OptionError(
+                f"{type(self).__name__}(start_epoch={start_epoch}): until_epoch is missing; without it the model shrinks at once."
+            )
         ChannelPruning.reset(self)
 
     def reset(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_prune.errors import ModelError, OptionError, TrainerError
@@ -33,6 +34,22 @@ def check_compiled(module: nn.Module) -> None:
         raise TrainerError(
             f"{what} is compiled by torch.compile, whose code knows the dense shapes. Compress it first, compile it after the fit."
         )
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no module in Python: other objects, scripted and compiled modules.
+
+    Raises:
+        OptionError: If it is no module, or a scripted one.
+        TrainerError: If it is compiled.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model={model!r} is a {type(model).__name__}. Give a torch.nn.Module, constructed.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OptionError(
+            f"The model is scripted ({type(model).__name__}). Compress the Python module, script it afterwards."
+        )
+    check_compiled(model)
 
 
 def check_strategy(trainer: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_prune.callback.checks import check_claims
+from lightning_prune.callback.checks import check_claims, check_model
 from lightning_prune.callback.compression import Compression
 from lightning_prune.callback.task import Task
 from lightning_prune.errors import ModelError, OptionError
@@ -42,6 +42,9 @@ def compress(
         ModelError: If the model cannot be run, or nothing would change.
         BudgetError: If the budget cannot be met.
     """
+    check_model(model)
+    if not isinstance(method, Compression):
+        raise OptionError(f"compress: method={method!r}. Give a method with its budget, such as LowRank(flops=0.5).")
     if method.gradual:
         raise OptionError(
             f"{type(method).__name__} acts while a model trains. Put it into Trainer(callbacks=[...]) and fit."

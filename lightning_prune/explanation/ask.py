@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune.callback import Compression, compress
+from lightning_prune.callback.checks import check_model
 from lightning_prune.errors import OptionError
 from lightning_prune.explanation.answer import Explanation
 from lightning_prune.explanation.members import layers_of, own_flops, own_params
@@ -48,6 +49,7 @@ def explain(
         OptionError: If ``method`` is none, lives from training, or a pattern of it matches no layer.
         BudgetError: If its budget cannot be met.
     """
+    check_model(model)
     if method is not None and not isinstance(method, Compression):
         raise OptionError(
             f"explain: method={method!r}. Give a method with its budget, such as LowRank(flops=0.5), or None."

@@ -42,7 +42,8 @@ def try_sizes(model: nn.Module, calls: Sequence[Call], structure: Structure) -> 
         The structure with the attributes that must follow; units whose size is fixed by the code never leave, and the reason names the line.
     """
     families = _families(structure)
-    if not structure.count or not (families or structure.written):
+    small = sum(p.numel() for p in model.parameters()) < _SMALL
+    if not structure.count or not (families or structure.written or small):
         return structure
     everything = np.arange(structure.count)
     for reach in range(len(_REACHES)):

@@ -225,7 +225,7 @@ def test_a_bound_that_cannot_be_met_names_the_groups_that_bind_and_the_minimum()
         "params: at most 2,559 asked for, but 2,560 is the least that can be reached (0.4706 of the 5,440"
     )
     assert "'layer16' (16 of 16 units), 'layer32' (16 of 32 units)" in message
-    assert "and 1 more, each at its smallest; groups that are no candidates: 1. Raise params" in message
+    assert "and 1 more, each at its smallest. Raise params" in message
     with pytest.raises(BudgetError, match=r"sparsity: at most 5 channels asked for, but 96 .*Lower sparsity"):
         choose_units(groups, np.arange(544.0), channels_kept(groups), 5, min_channels=16, name="sparsity")
 

@@ -10,6 +10,20 @@ from torch import Tensor
 from lightning_prune.structure.tracing.site import Site
 from lightning_prune.structure.tracing.values import Field, Value, core
 
+_ARITHMETIC = {
+    "mul",
+    "multiply",
+    "div",
+    "divide",
+    "true_divide",
+    "add",
+    "sub",
+    "rsub",
+    "pow",
+    "floor_divide",
+    "remainder",
+}
+_COMMON = (-1, 0, 0.5, 1, 2)  # numbers that stand in code as they are
 _PRODUCTS = {"mul", "multiply", "logical_and", "bitwise_and"}
 _QUOTIENTS = {"div", "divide", "true_divide"}
 
@@ -19,6 +33,8 @@ def pointwise(site: Site, *args: Any, **kwargs: Any) -> Value:
     operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
     operands += [v for a in args if isinstance(a, tuple | list) for v in a if isinstance(v, Value)]
     product = _kind(site) in _PRODUCTS
+    if _kind(site) in _ARITHMETIC and any(isinstance(a, int | float) and a not in _COMMON for a in args):
+        site.labels.written = True  # the number may be made of a size, as in x / math.sqrt(x.shape[1])
     return combine(site, operands, lambda ats: _evaluate(site, args, kwargs, operands, ats), product=product)
 
 

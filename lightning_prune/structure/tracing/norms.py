@@ -40,6 +40,8 @@ def _by_channel(site: Site, x: Value, parts: Sequence[Value | None], price: int)
     line = core(channels.labels).flatten()
     site.labels.produce(channels)
     for index, part in enumerate(parts):
+        if part is not None and part.fill is not None and not part.fields:
+            site.sized(len(line), line, 0)
         for field in part.fields if part is not None else ():
             site.labels.unite(line, core(field.labels).flatten())
             if index < 2:

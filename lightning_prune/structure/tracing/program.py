@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import io
 import linecache
 import logging
 import traceback
@@ -145,9 +146,13 @@ def _undisturbed() -> Iterator[None]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
-            yield
+            yield  # what the user's forward prints, it prints when it runs; a refusal prints graphs
     finally:
         logger.setLevel(level)
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lightning_prune.structure.tracing.products import take_up
 from lightning_prune.structure.tracing.site import Site
@@ -53,6 +53,8 @@ def recurrent(
         every += last
         given, at = torch.cat(last), 0.0
     site.labels.tie(*every)
+    for begun in states if not isinstance(site.module, nn.RNNBase) or _given(site) else ():
+        site.sized(begun.shape[-1], every[0][:, None], 0)
     outputs = site.outputs()
     hidden = torch.stack(every)
     sizes = outputs[1].shape
@@ -62,6 +64,15 @@ def recurrent(
     if any(not _picks_one_layer(user) for getitem in site.node.users if getitem.args[1] for user in getitem.users):
         site.labels.unite(hidden, hidden[:1])  # the same units of every layer and direction
     return (whole, *(Value(sizes, (states_out,)) for _ in outputs[1:]))
+
+
+def _given(site: Site) -> bool:
+    """Tell whether code outside of the layer made the initial state, with sizes that it writes down."""
+    made = site.node.args[1]
+    nodes = made if isinstance(made, list | tuple) else [made]
+    inside = [list((n.meta.get("nn_module_stack") or {}).values())[-1:] for n in nodes if isinstance(n, fx.Node)]
+    own = list((site.node.meta.get("nn_module_stack") or {}).values())[-1:]
+    return any(stack != own for stack in inside)
 
 
 def _picks_one_layer(user: fx.Node) -> bool:
