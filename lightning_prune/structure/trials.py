@@ -278,9 +278,10 @@ def _shake(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel():
-            spread = float(parameter.detach().float().std(correction=0)) or 0.1
+            values = parameter.detach().nan_to_num(0.0, 0.0, 0.0)  # a diverged model has the same structure
+            spread = float(values.float().std(correction=0)) or 0.1
             noise = torch.randn(parameter.shape, generator=generator) * 0.1 * spread
-            parameter.data = parameter.data + noise.to(parameter.device, parameter.dtype)
+            parameter.data = values + noise.to(parameter.device, parameter.dtype)
 
 
 def draw(structure: Structure, units: np.ndarray, share: float = 0.5, seed: int = 0) -> np.ndarray:

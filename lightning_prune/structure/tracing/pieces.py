@@ -87,7 +87,7 @@ def split(site: Site, value: Value, sizes: Any, dim: int = 0) -> Any:
     return found
 
 
-def chunk(site: Site, value: Value, chunks: int, dim: int = 0) -> Any:
+def chunk(site: Site, value: Value, chunks: Any, dim: int = 0) -> Any:
     """Cut into equal parts, sized at run time; they lose equally many."""
     if not isinstance(chunks, int):  # the places of the cuts
         return split(site, value, chunks, dim)
