@@ -133,6 +133,10 @@ class Probe:
             raise ModelError(f"This needs a scalar loss; the training step returned {type(value).__name__}.")
         return value
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Average a tensor over the ranks, in one collective; in a single process it is returned as it is."""
+        return self._mean(tensor)
+
     @contextlib.contextmanager
     def quiet(self, mode: Literal["eval", "train"] | None = None) -> Iterator[None]:
         """Leave the model as it was, whatever is run inside: ``self.log`` muted, metrics, buffers, gradients, random state put back.

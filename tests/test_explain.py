@@ -100,7 +100,7 @@ def test_the_dict_survives_json(name):
     assert len(found["rows"]) == len(explained(name).rows)
 
 
-@pytest.mark.parametrize("method", [None, LowRank(rank=2, align=1), Magnitude(flops=0.7, align=1)])
+@pytest.mark.parametrize("method", [None, LowRank(rank=2, align=1), Magnitude(structured=True, flops=0.7, align=1)])
 def test_the_model_and_all_generators_are_left_bit_identical(method):
     model = trained()
     before, state = photograph(model), dice()
@@ -308,8 +308,8 @@ def test_the_public_name_is_the_function():
     ("name", "method"),
     [
         ("conv_bn", LowRank(flops=0.6, align=1)),
-        ("conv_bn", Magnitude(flops=0.5, align=1)),
-        ("transformer", Magnitude(params=0.6, align=1)),
+        ("conv_bn", Magnitude(structured=True, flops=0.5, align=1)),
+        ("transformer", Magnitude(structured=True, params=0.6, align=1)),
     ],
 )
 def test_a_dry_run_tells_what_compress_does(name, method):
@@ -334,7 +334,7 @@ def test_a_dry_run_tells_what_compress_does(name, method):
 
 
 def test_flops_after_are_those_of_the_layers_of_the_smaller_model():
-    found = explain(*network("conv_bn"), Magnitude(sparsity=0.5, align=1))
+    found = explain(*network("conv_bn"), Magnitude(structured=True, sparsity=0.5, align=1))
     first, second = (by_layer(found)[name] for name in ("0", "3"))
     kept = first.params_after // 27
     assert first.flops_after == 2 * kept * 64 * 27
@@ -343,13 +343,13 @@ def test_flops_after_are_those_of_the_layers_of_the_smaller_model():
 
 def test_a_second_stage_tells_its_own_steps_and_a_met_target_none():
     model, example = network("conv_bn")
-    once, first = compress(model, Magnitude(flops=0.7, align=1), example)
+    once, first = compress(model, Magnitude(structured=True, flops=0.7, align=1), example)
     found = explain(once, example, LowRank(rank=2, align=1))
     assert found.method == "LowRank"
     assert [stage.method for stage in found.plan.stages] == ["LowRank"]
     assert {step.action for step in first.steps} == {"channels"}
     assert {step.action for step in found.plan.steps} == {"factorize"}
-    met = explain(once, example, Magnitude(flops=0.7, align=1))
+    met = explain(once, example, Magnitude(structured=True, flops=0.7, align=1))
     assert not met.plan
     assert (met.flops_after, met.params_after) == (met.flops, met.params)
     assert "already met" in str(met)
@@ -358,7 +358,7 @@ def test_a_second_stage_tells_its_own_steps_and_a_met_target_none():
 def test_what_no_dry_run_can_answer_is_an_error():
     model, example = network("conv_bn")
     with pytest.raises(BudgetError, match="least"):
-        explain(model, example, Magnitude(flops=0.001, align=1))
+        explain(model, example, Magnitude(structured=True, flops=0.001, align=1))
     with pytest.raises(OptionError, match="while a model trains"):
         explain(model, example, TRP(energy=0.1))
     with pytest.raises(OptionError, match=r"LowRank\(flops=0.5\)"):

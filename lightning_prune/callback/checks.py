@@ -130,6 +130,17 @@ def check_integer(owner: object, name: str, minimum: int) -> None:
         raise OptionError(f"{type(owner).__name__}({name}={value!r}): give an integer of at least {minimum}.")
 
 
+def check_choice(owner: object, name: str, allowed: Sequence[object]) -> None:
+    """Check that an argument is one of those that are offered, of the same type.
+
+    Raises:
+        OptionError: Otherwise.
+    """
+    value = getattr(owner, name)
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise OptionError(f"{type(owner).__name__}({name}={value!r}): give {' or '.join(map(repr, allowed))}.")
+
+
 def nothing_to_change(method: str, left_alone: Mapping[str, str]) -> ModelError:
     """Return the error for a compression that would change nothing, with the reasons."""
     reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in left_alone.items())

@@ -1,6 +1,7 @@
 """Masks that hold: entries and slices of parameters kept at zero while a model trains."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -21,11 +22,7 @@ class Masks:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         tensors = _tensors(model)
-        self._set(
-            (tensors[step.key], _cut(step, plan.steps[place + 1 :], tensors))
-            for place, step in enumerate(plan.steps)
-            if isinstance(step, MaskWeight) and step.key in tensors
-        )
+        self._set((tensors[key], mask) for key, mask in cut_masks(model, plan).items())
 
     @classmethod
     def pending(cls, model: nn.Module, steps: Sequence[Step]) -> Self:
@@ -48,7 +45,7 @@ class Masks:
     def _set(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.slices: list[tuple[Tensor, int, Tensor]] = []  # whole slices along one axis: cheap
         self.entries: list[tuple[Tensor, Tensor]] = []
-        for parameter, mask in pairs:
+        for parameter, mask in _merged(pairs):
             axes = [axis for axis, size in enumerate(mask.shape) if size > 1]
             if len(axes) == 1 and mask.shape != parameter.shape:
                 gone = (~mask.flatten()).nonzero().flatten().to(parameter.device)
@@ -72,6 +69,46 @@ class Masks:
             pairs = [(p.data, mask) for p, mask in self.entries]
             pairs += [(t, mask.to(t.dtype)) for p, mask in self.entries for t in _state(optimizer, p)]
             torch._foreach_mul_([tensor for tensor, _ in pairs], [mask for _, mask in pairs])
+
+
+def cut_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Return the masks of a plan in the shapes that its later steps have left, boolean, on the CPU, by name of the parameter."""
+    tensors = _tensors(model)
+    found: dict[str, Tensor] = {}
+    for place, step in enumerate(plan.steps):
+        if isinstance(step, MaskWeight) and step.key in tensors:
+            mask = _cut(step, plan.steps[place + 1 :], tensors)
+            found[step.key] = found[step.key] & mask if step.key in found else mask
+    return found
+
+
+def _merged(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Take the masks of one parameter together: several stages may have masked it."""
+    found: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+    for parameter, mask in pairs:
+        key = id(parameter), mask.shape
+        found[key] = (parameter, found[key][1] & mask if key in found else mask)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def masked(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Iterator[None]:
+    """Zero entries inside the block and put their values back bit for bit afterwards.
+
+    Args:
+        weights: Parameters by name.
+        kept: True where the entry stays, same shapes, boolean; parameters that are missing stay whole.
+    """
+    before = {name: weights[name].detach().clone() for name in kept}
+    try:
+        with torch.no_grad():
+            for name, mask in kept.items():
+                weights[name].data.masked_fill_(~mask.to(weights[name].device), 0)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, values in before.items():
+                weights[name].data.copy_(values)
 
 
 def _state(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> list[Tensor]:

@@ -27,7 +27,7 @@ _MOVES = re.compile(  # may hold parameters (embeddings, weight norm, ...) and y
     r"|cat|concat\w*|\w*stack|\w*sort|topk|cum\w+|one_hot|meshgrid|pixel_\w+|im2col|col2im|\w*chunk|\w*split\w*|\w+_like|new_\w+|\w+_copy"
     r"|\w*dropout_?|\w*shape_as_tensor|sum|mean|std\w*|var\w*|prod|norm\w*|linalg_\w*norm|linalg_cross|cross|all|any|arg\w+|[an]?a?m(ax|in)"
     r"|aminmax|logsumexp|median|quantile|weight_norm\w*|\w*softmax|prelu\w*|glu|\w*pool\dd\w*|upsample_\w+|grid_sampler\w*|outer|ger|kron"
-    r"|cosine_similarity|pairwise_distance|dist|normal_?|uniform_?|bernoulli_?|fft_\w*(freq|shift)|numel|channel_shuffle|constant_pad_nd)"
+    r"|cosine_similarity|pairwise_distance|dist|zero_?|fill_?|normal_?|uniform_?|bernoulli_?|fft_\w*(freq|shift)|numel|channel_shuffle|constant_pad_nd)"
 )
 
 

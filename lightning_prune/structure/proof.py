@@ -100,12 +100,14 @@ class Proof:
         calls: What is run; without any, nothing is proven. Of batches only the first samples are, where the model can be run on them.
         changed: Names of the modules that change. Where the output of one keeps its shape, it must keep its values.
         widths: Whether activations change their shapes, too.
+        train: Whether train mode is compared, too.
     """
 
-    def __init__(self, calls: Sequence[Call], changed: Sequence[str], widths: bool) -> None:
+    def __init__(self, calls: Sequence[Call], changed: Sequence[str], widths: bool, train: bool = True) -> None:
         self.calls = tuple(calls)
         self.changed = frozenset(changed)
         self.widths = widths
+        self.train = train
         self._expected: dict[Mode, _Run] = {}
 
     def expect(self, model: nn.Module) -> None:
@@ -119,6 +121,8 @@ class Proof:
         if run.error is not None:
             raise run.error
         self._expected["eval"] = run
+        if not self.train:
+            return
         run = self._run(model, "train")
         if run.error is None:
             self._expected["train"] = run

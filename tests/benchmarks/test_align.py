@@ -64,7 +64,7 @@ def test_speed_over_align(name, provider, tmp_path):
     shares = {"dense": 1.0}
     export_onnx(model, tmp_path / "dense.onnx", example_inputs=example)
     for align in ALIGN:
-        small, _ = compress(model, Magnitude(flops=0.5, align=align), example)
+        small, _ = compress(model, Magnitude(structured=True, flops=0.5, align=align), example)
         shares[str(align)] = count_flops(small, example).total / dense
         export_onnx(small, tmp_path / f"{align}.onnx", example_inputs=example)
     found = {batch: ratios(tmp_path, list(shares), provider, size, batch) for batch in (1, 16)}

@@ -113,7 +113,7 @@ def test_trp_every_20_steps_adds_at_most(nuclear, limit, tmp_path, monkeypatch):
 def test_masks_held_at_zero_add_at_most(optimizer, limit, tmp_path, monkeypatch):
     kinds = {"SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), "Adam": lambda p: torch.optim.Adam(p, lr=1e-4)}
     monkeypatch.setattr(Lit, "configure_optimizers", lambda self: kinds[optimizer](self.parameters()))
-    method = Magnitude(flops=0.5, until_epoch=0)
+    method = Magnitude(structured=True, flops=0.5, until_epoch=0)
     own, rest = share(method, tmp_path, monkeypatch)
     print(f"masks of half the FLOPs, {optimizer}: {own * 1e3:.1f} ms per step of {rest:.3f} s: {own / rest:.2%}")
     assert own / rest <= limit

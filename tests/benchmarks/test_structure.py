@@ -56,7 +56,7 @@ def resnet50():
 def ours(model, example, checked=False):
     """Trace, find groups, allocate and compact; return the smaller model and the seconds of it all."""
     task = Task.of(model, Probe.of_data(model, None, None), as_calls(example))  # counting is not part of the claim
-    method = Magnitude(flops=0.5)
+    method = Magnitude(structured=True, flops=0.5)
     start = time.perf_counter()
     small = compact(model, method.decided(task, method.score(task)), task.calls if checked else ())
     return small, time.perf_counter() - start
@@ -120,7 +120,7 @@ def test_resnet50_needs_less_than_three_times_its_memory():
     model, example = resnet50(), torch.randn(1, 3, 224, 224)
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     task = Task.of(model, Probe.of_data(model, None, None), as_calls(example))
-    method = Magnitude(flops=0.5)
+    method = Magnitude(structured=True, flops=0.5)
     before = peak(reset=True)
     small = compact(model, method.decided(task, method.score(task)))
     used = size + peak() - before

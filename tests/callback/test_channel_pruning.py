@@ -61,7 +61,7 @@ def test_ladders_never_exceed_come_close_and_are_nested(resnet, name, scope):
     kept = {layer: torch.ones(width, dtype=torch.bool) for layer, width in writers(resnet).items()}
     before = dense
     for share in (0.9, 0.7, 0.5, 0.3, 0.15):
-        small, plan = compress(resnet, Magnitude(**{name: share}, align=1, scope=scope), X)
+        small, plan = compress(resnet, Magnitude(structured=True, **{name: share}, align=1, scope=scope), X)
         cost = COSTS[name](small)
         assert cost <= share * dense
         assert cost > (share - 0.12) * dense  # one channel of the group with the most layers
@@ -75,7 +75,7 @@ def test_ladders_never_exceed_come_close_and_are_nested(resnet, name, scope):
 @pytest.mark.parametrize("method", [Magnitude, Random])
 @pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.8])
 def test_sparsity_is_the_share_of_the_channels_that_leave(resnet, method, sparsity):
-    small, _ = compress(resnet, method(sparsity=sparsity, align=1), X)
+    small, _ = compress(resnet, method(structured=True, sparsity=sparsity, align=1), X)
     dense, left = sum(writers(resnet).values()), sum(writers(small).values())
     bound = (1 - Fraction(str(sparsity))) * dense
     assert bound - 3 < left <= bound  # at most one unit more than asked for: a channel that three layers write
@@ -83,7 +83,7 @@ def test_sparsity_is_the_share_of_the_channels_that_leave(resnet, method, sparsi
 
 def test_an_absolute_bound_is_a_count_for_the_example_inputs(resnet):
     dense = COSTS["flops"](resnet)
-    small, _ = compress(resnet, Magnitude(flops=int(0.6 * dense), align=1), X)
+    small, _ = compress(resnet, Magnitude(structured=True, flops=int(0.6 * dense), align=1), X)
     assert 0.5 * dense < COSTS["flops"](small) <= int(0.6 * dense)
 
 
@@ -101,26 +101,26 @@ def test_uniform_takes_the_same_share_of_every_group_and_global_does_not():
     model = chain(6, 32, 16, 48)
     with torch.no_grad():
         model[2][0].weight[:40] = 0  # of 48: most of the third layer is worthless
-    uniform, _ = compress(model, Magnitude(sparsity=0.5, align=1, scope="uniform"), torch.zeros(2, 6))
+    uniform, _ = compress(model, Magnitude(structured=True, sparsity=0.5, align=1, scope="uniform"), torch.zeros(2, 6))
     assert widths(uniform) == [16, 8, 24]
-    free, _ = compress(model, Magnitude(sparsity=0.5, align=1), torch.zeros(2, 6))
+    free, _ = compress(model, Magnitude(structured=True, sparsity=0.5, align=1), torch.zeros(2, 6))
     assert widths(free)[2] < 16 < widths(free)[0]
 
 
 @pytest.mark.parametrize("align", [1, 2, 4, 8, 16])
 def test_channels_kept_are_multiples_of_align(align):
-    small, _ = compress(chain(6, 64, 48, 80), Magnitude(params=0.5, align=align), torch.zeros(2, 6))
+    small, _ = compress(chain(6, 64, 48, 80), Magnitude(structured=True, params=0.5, align=align), torch.zeros(2, 6))
     assert all(width % align == 0 for width in widths(small))
     assert widths(small) != [64, 48, 80]
 
 
 def test_min_channels_stay_in_every_group():
     model = chain(6, 32, 16, 48)
-    small, _ = compress(model, Magnitude(sparsity=0.75, align=1, min_channels=7), torch.zeros(2, 6))
+    small, _ = compress(model, Magnitude(structured=True, sparsity=0.75, align=1, min_channels=7), torch.zeros(2, 6))
     assert min(widths(small)) >= 7
     assert sum(widths(small)) == math.floor(0.25 * 96)
     with pytest.raises(BudgetError, match=r"21 is the least.*Bound by '\d\.0' \(7 of \d+ units\)"):
-        compress(model, Magnitude(sparsity=0.9, align=1, min_channels=7), torch.zeros(2, 6))
+        compress(model, Magnitude(structured=True, sparsity=0.9, align=1, min_channels=7), torch.zeros(2, 6))
 
 
 # Patterns ---------------------------------------------------------------------------------------------------------------
@@ -138,18 +138,18 @@ def test_min_channels_stay_in_every_group():
     ],
 )  # fmt: skip
 def test_only_groups_all_of_whose_writers_are_selected_lose_channels(resnet, options, expected):
-    _, plan = compress(resnet, Random(sparsity=0.5, align=1, scope="uniform", **options), X)
+    _, plan = compress(resnet, Random(structured=True, sparsity=0.5, align=1, scope="uniform", **options), X)
     assert rows(plan).keys() == expected
 
 
 def test_what_is_held_by_a_layer_that_is_not_selected_says_so(resnet):
     with pytest.raises(ModelError, match=r"layer2\.conv2: they leave only with those of 'layer2\.downsample\.0'"):
-        compress(resnet, Magnitude(sparsity=0.5, include="layer2.conv2"), X)
+        compress(resnet, Magnitude(structured=True, sparsity=0.5, include="layer2.conv2"), X)
 
 
 def test_a_pattern_that_matches_nothing_is_refused(resnet):
     with pytest.raises(OptionError, match=r"include='layer9' matches no layer.*Did you mean"):
-        compress(resnet, Magnitude(sparsity=0.5, include="layer9"), X)
+        compress(resnet, Magnitude(structured=True, sparsity=0.5, include="layer9"), X)
 
 
 def test_excluding_one_of_two_layers_with_a_tied_weight_holds_both():
@@ -163,9 +163,9 @@ def test_excluding_one_of_two_layers_with_a_tied_weight_holds_both():
         def forward(self, x):
             return self.d(torch.relu(self.c(self.a(x) + self.b(x))))
 
-    everything = rows(compress(Tied(), Magnitude(sparsity=0.4, align=1, scope="uniform"), torch.zeros(2, 8))[1])
+    everything = rows(compress(Tied(), Magnitude(structured=True, sparsity=0.4, align=1, scope="uniform"), torch.zeros(2, 8))[1])
     assert everything.keys() == {"a", "c"}
-    _, plan = compress(Tied(), Magnitude(sparsity=0.4, align=1, exclude="b"), torch.zeros(2, 8))
+    _, plan = compress(Tied(), Magnitude(structured=True, sparsity=0.4, align=1, exclude="b"), torch.zeros(2, 8))
     assert rows(plan).keys() == {"c"}
     assert "'b', which is not selected" in plan.left_alone["a"]
 
@@ -173,7 +173,7 @@ def test_excluding_one_of_two_layers_with_a_tied_weight_holds_both():
 def test_layers_with_a_parametrized_weight_are_named_as_the_user_names_them():
     model = chain(6, 16, 16)
     nn.utils.parametrizations.weight_norm(model[0][0])
-    method = Magnitude(sparsity=0.5, align=1, include=["0.0", "1.0"])
+    method = Magnitude(structured=True, sparsity=0.5, align=1, include=["0.0", "1.0"])
     assert method.claim(model) == {"0.0", "1.0"}
     small, _ = compress(model, method, torch.zeros(2, 6))
     assert widths(small) != [16, 16]
@@ -192,7 +192,7 @@ class Bare(nn.Module):
 
 
 def test_parameters_of_the_model_itself_lose_channels_too():
-    small, _ = compress(Bare(), Magnitude(sparsity=0.5, align=1), torch.zeros(2, 6))
+    small, _ = compress(Bare(), Magnitude(structured=True, sparsity=0.5, align=1), torch.zeros(2, 6))
     assert small.weight.shape == (8, 6)
     assert small.head.in_features == 8
 
@@ -203,8 +203,8 @@ def test_parameters_of_the_model_itself_lose_channels_too():
 @pytest.mark.parametrize("name", COSTS)
 def test_shares_of_a_second_stage_are_of_the_dense_model(resnet, name):
     dense = COSTS[name](resnet)
-    first, _ = compress(resnet, Magnitude(**{name: 0.7}, align=1), X)
-    second, plan = compress(first, Magnitude(**{name: 0.4}, align=1), X)
+    first, _ = compress(resnet, Magnitude(structured=True, **{name: 0.7}, align=1), X)
+    second, plan = compress(first, Magnitude(structured=True, **{name: 0.4}, align=1), X)
     assert 0.3 * dense < COSTS[name](second) <= 0.4 * dense
     assert plan.origin.flops == COSTS["flops"](resnet)
     assert [stage.method for stage in plan.stages] == ["Magnitude", "Magnitude"]
@@ -213,12 +213,12 @@ def test_shares_of_a_second_stage_are_of_the_dense_model(resnet, name):
 @pytest.mark.parametrize("between", [False, True])
 def test_a_sparsity_of_a_second_stage_counts_the_channels_of_the_dense_model(between):
     model, x = chain(40, 40, 40), torch.zeros(2, 40)
-    once, _ = compress(model, Random(sparsity=0.5, align=1), x)
-    small, _ = compress(model, Random(sparsity=0.2, align=1), x)
+    once, _ = compress(model, Random(structured=True, sparsity=0.5, align=1), x)
+    small, _ = compress(model, Random(structured=True, sparsity=0.2, align=1), x)
     assert sum(widths(small)) == 64
     if between:  # a factorized layer still counts the channels that it has lost before
         small, _ = compress(small, LowRank(rank=4, align=1, include="1.0"), x)
-    twice, _ = compress(small, Random(sparsity=0.5, align=1, exclude="*.first" if between else None), x)
+    twice, _ = compress(small, Random(structured=True, sparsity=0.5, align=1, exclude="*.first" if between else None), x)
     left = [twice[0][0].out_features, twice[1][0].second.out_features if between else twice[1][0].out_features]
     assert sum(left) == sum(widths(once)) == 40
 
@@ -226,10 +226,10 @@ def test_a_sparsity_of_a_second_stage_counts_the_channels_of_the_dense_model(bet
 @pytest.mark.parametrize("options", [{"flops": 0.5}, {"params": 0.5}, {"sparsity": 0.5}])
 def test_a_target_already_met_is_a_no_op(options):
     x = torch.zeros(2, 6)
-    small, plan = compress(chain(6, 32, 16, 48), Magnitude(align=1, **options), x)
+    small, plan = compress(chain(6, 32, 16, 48), Magnitude(structured=True, align=1, **options), x)
     (name,) = options
-    looser = Magnitude(align=1, **{name: 0.3 if name == "sparsity" else 0.6})
-    for method in (Magnitude(align=1, **options), Random(align=1, **options), looser):
+    looser = Magnitude(structured=True, align=1, **{name: 0.3 if name == "sparsity" else 0.6})
+    for method in (Magnitude(structured=True, align=1, **options), Random(structured=True, align=1, **options), looser):
         same, again = compress(small, method, x)
         assert again.steps == plan_of(small).steps == plan.steps
         assert widths(same) == widths(small)
@@ -242,9 +242,9 @@ def test_a_budget_that_cannot_be_met_names_the_groups_that_bind(resnet):
     with pytest.raises(
         BudgetError, match=r"is the least that can be reached.*Bound by 'layer2\.conv1' \(8 of 16 units\)"
     ):
-        compress(resnet, Magnitude(flops=0.01), X)
+        compress(resnet, Magnitude(structured=True, flops=0.01), X)
     with pytest.raises(BudgetError, match=r"Bound by 'layer1\.conv1' \(\d of 8 units\), each at its smallest"):
-        compress(resnet, Magnitude(flops=0.5, include="layer1.conv1"), X)
+        compress(resnet, Magnitude(structured=True, flops=0.5, include="layer1.conv1"), X)
 
 
 class Stuck(nn.Module):
@@ -259,7 +259,7 @@ class Stuck(nn.Module):
 @pytest.mark.parametrize("options", [{"flops": 0.5}, {"params": 0.5}, {"sparsity": 0.5}])
 def test_where_nothing_can_leave_the_error_says_why_for_every_layer(options):
     with pytest.raises(ModelError, match="would change nothing") as caught:
-        compress(Stuck(), Magnitude(**options), torch.zeros(2, 6))
+        compress(Stuck(), Magnitude(structured=True, **options), torch.zeros(2, 6))
     reasons = dict(part.split(": ", 1) for part in str(caught.value).partition("nothing. ")[2].split("; "))
     assert reasons.keys() == {"first", "second"}
     assert "norm" in reasons["first"]
@@ -270,7 +270,7 @@ def test_layers_that_the_example_never_reaches_are_left_alone_and_not_counted():
     model = chain(6, 16)
     model.add_module("unused", nn.Linear(8, 8))
     model.forward = lambda x: model[1](model[0](x))  # type: ignore[method-assign]
-    small, plan = compress(model, Magnitude(sparsity=0.5, align=1), torch.zeros(2, 6))
+    small, plan = compress(model, Magnitude(structured=True, sparsity=0.5, align=1), torch.zeros(2, 6))
     assert rows(plan).keys() == {"0.0"}
     assert small[0][0].out_features == 8
     assert "not used" in plan.left_alone["unused"]
@@ -278,7 +278,7 @@ def test_layers_that_the_example_never_reaches_are_left_alone_and_not_counted():
 
 def test_a_dense_model_within_its_bound_is_an_error_and_says_so():
     with pytest.raises(ModelError, match=r"would change nothing.*the budget is met with it whole"):
-        compress(chain(6, 32), Magnitude(flops=1.0), torch.zeros(2, 6))
+        compress(chain(6, 32), Magnitude(structured=True, flops=1.0), torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize(
@@ -315,15 +315,15 @@ def test_a_dense_model_within_its_bound_is_an_error_and_says_so():
 @pytest.mark.parametrize("method", [Magnitude, Random])
 def test_options_out_of_range_are_refused_at_once(method, options, message):
     with pytest.raises(OptionError, match=f"{method.__name__}.*{message}"):
-        method(**options)
+        method(**{"structured": True} | options)
 
 
 def test_a_count_above_that_of_the_dense_model_is_refused(resnet):
     with pytest.raises(OptionError, match=r"flops.*the dense model's own count"):
-        compress(resnet, Magnitude(flops=10**12), X)
+        compress(resnet, Magnitude(structured=True, flops=10**12), X)
 
 
 @pytest.mark.parametrize("method", [Magnitude, Random])
 def test_without_a_trainer_a_gradual_run_is_refused(resnet, method):
     with pytest.raises(OptionError, match="acts while a model trains"):
-        compress(resnet, method(flops=0.5, until_epoch=3), X)
+        compress(resnet, method(structured=True, flops=0.5, until_epoch=3), X)

@@ -59,7 +59,7 @@ def width(kept):
 )
 def test_five_steps_to_one_half_end_at_one_half(schedule, expected, tmp_path):
     """Of 72 channels, 36 + floor((1 - share) * 36) stay: shares 1/5, 2/5, ... and 1 - (1 - 1/5)^3, ..."""
-    watch, method = Watch(), Magnitude(sparsity=0.5, align=1, until_epoch=5, schedule=schedule)
+    watch, method = Watch(), Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=5, schedule=schedule)
     model = LitNet()
     fit(model, [method, watch], tmp_path, max_epochs=6)
     first, last = watch.epochs[::2], watch.epochs[1::2]
@@ -73,8 +73,8 @@ def test_five_steps_to_one_half_end_at_one_half(schedule, expected, tmp_path):
 @pytest.mark.parametrize("name", ["flops", "params"])
 def test_a_gradual_run_ends_as_close_to_the_bound_as_one_at_the_start(method, name, tmp_path):
     gradual, at_once = LitNet(), LitNet()
-    fit(gradual, [method(**{name: 0.5}, align=1, until_epoch=3)], tmp_path, max_epochs=3)
-    fit(at_once, [method(**{name: 0.5}, align=1)], tmp_path, max_epochs=1)
+    fit(gradual, [method(structured=True, **{name: 0.5}, align=1, until_epoch=3)], tmp_path, max_epochs=3)
+    fit(at_once, [method(structured=True, **{name: 0.5}, align=1)], tmp_path, max_epochs=1)
     measure = {"flops": lambda m: count_flops(m, X).total, "params": lambda m: sum(p.numel() for p in m.parameters())}[
         name
     ]
@@ -95,7 +95,7 @@ def test_a_gradual_run_ends_as_close_to_the_bound_as_one_at_the_start(method, na
 )
 def test_steps_fall_where_start_until_and_every_n_epochs_say(options, epochs, expected, tmp_path):
     watch = Watch()
-    fit(LitNet(), [Magnitude(sparsity=0.5, align=1, schedule="linear", **options), watch], tmp_path, max_epochs=epochs)
+    fit(LitNet(), [Magnitude(structured=True, sparsity=0.5, align=1, schedule="linear", **options), watch], tmp_path, max_epochs=epochs)
     assert [width(kept) for kept in watch.epochs[1::2]] == expected
 
 
@@ -122,7 +122,7 @@ class Zeros(Callback):
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
 def test_masked_slices_and_their_moments_are_zero_after_every_step(optimizer, tmp_path):
-    method = Magnitude(sparsity=0.5, align=1, until_epoch=3)
+    method = Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=3)
     zeros = Zeros(method)
     fit(LitNet(optimizer=optimizer, lr=0.01), [method, zeros], tmp_path, max_epochs=4)
     assert zeros.checks > 50
@@ -146,7 +146,7 @@ def test_masks_hold_where_another_optimizer_has_the_normalization(tmp_path):
             rest = [p for p in self.parameters() if not any(p is q for q in norms)]
             return [torch.optim.SGD(rest, lr=0.05, momentum=0.9), torch.optim.Adam(norms, lr=0.01)]
 
-    method = Magnitude(sparsity=0.5, align=1, until_epoch=2)
+    method = Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=2)
     zeros = Zeros(method)
     fit(Split(), [method, zeros], tmp_path, max_epochs=3)
     assert zeros.checks > 50
@@ -157,7 +157,7 @@ def test_the_compact_model_computes_what_the_masked_one_did(norm, tmp_path):
     torch.manual_seed(0)
     watch = Watch()
     model = LitNet(norm=norm)
-    method = Magnitude(flops=0.5, align=1, until_epoch=2, recalibrate_bn=0)
+    method = Magnitude(structured=True, flops=0.5, align=1, until_epoch=2, recalibrate_bn=0)
     fit(model, [method, watch], tmp_path, max_epochs=3, precision="64-true")
     x = torch.randn(8, 1, 8, 8, dtype=torch.float64)
     masked, small = watch.masked.eval()(x), model.eval()(x)
@@ -169,7 +169,7 @@ def test_the_compact_model_computes_what_the_masked_one_did(norm, tmp_path):
 @pytest.mark.parametrize("target", [{"flops": 0.5}, {"params": 0.5}, {"sparsity": 0.5}])
 def test_the_log_tells_what_is_masked_and_what_the_budget_counts(target, tmp_path):
     watch = Watch()
-    method = Magnitude(align=1, until_epoch=2, **target)
+    method = Magnitude(structured=True, align=1, until_epoch=2, **target)
     fit(LitNet(), [method, watch], tmp_path, max_epochs=2, logger=CSVLogger(tmp_path, "csv"))
     with (tmp_path / "csv" / "version_0" / "metrics.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("compression/masked/units")]
@@ -197,7 +197,7 @@ def test_the_log_tells_what_is_masked_and_what_the_budget_counts(target, tmp_pat
 
 @pytest.mark.parametrize("how", ["max_epochs", "early stopping", "max_steps"])
 def test_a_fit_that_ends_early_shrinks_by_what_is_masked_and_warns_with_both_figures(how, tmp_path, caplog):
-    watch, method = Watch(), Magnitude(flops=0.3, align=1, until_epoch=8, every_n_epochs=2, schedule="linear")
+    watch, method = Watch(), Magnitude(structured=True, flops=0.3, align=1, until_epoch=8, every_n_epochs=2, schedule="linear")
     options = {
         "max_epochs": {"max_epochs": 3},
         "early stopping": {"max_epochs": 9},
@@ -223,7 +223,7 @@ def test_after_ctrl_c_the_masked_model_and_its_checkpoint_stay_and_a_resume_goes
                 raise KeyboardInterrupt
 
     def method():
-        return Magnitude(sparsity=0.5, align=1, until_epoch=4)
+        return Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=4)
 
     model, saver = LitNet(), ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1)
     with pytest.raises(SystemExit):
@@ -240,7 +240,7 @@ def test_after_ctrl_c_the_masked_model_and_its_checkpoint_stay_and_a_resume_goes
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need")
 def test_the_best_checkpoint_of_a_gradual_fit_is_dense_again_and_the_last_one_compact(tmp_path):
-    model, method = LitNet(), Magnitude(sparsity=0.5, align=1, until_epoch=2)
+    model, method = LitNet(), Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=2)
     saver = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
     run = fit(model, [method, saver], tmp_path, max_epochs=3, enable_checkpointing=True)
     run.save_checkpoint(tmp_path / "small.ckpt")
@@ -257,10 +257,10 @@ def test_the_best_checkpoint_of_a_gradual_fit_is_dense_again_and_the_last_one_co
 
 def test_a_finished_gradual_run_resumes_as_a_no_op_and_another_bound_goes_on_from_there(tmp_path):
     model = LitNet()
-    fit(model, [Magnitude(flops=0.6, align=1, until_epoch=2)], tmp_path).save_checkpoint(tmp_path / "small.ckpt")
+    fit(model, [Magnitude(structured=True, flops=0.6, align=1, until_epoch=2)], tmp_path).save_checkpoint(tmp_path / "small.ckpt")
     same, further = LitNet(), LitNet()
     for other, bound in ((same, 0.6), (further, 0.3)):
-        run = trainer(tmp_path, callbacks=[Magnitude(flops=bound, align=1, until_epoch=4)], max_epochs=5)
+        run = trainer(tmp_path, callbacks=[Magnitude(structured=True, flops=bound, align=1, until_epoch=4)], max_epochs=5)
         run.fit(other, loader(), ckpt_path=tmp_path / "small.ckpt")
     dense = count_flops(LitNet(), X).total
     assert plan_of(same).steps == plan_of(model).steps
@@ -272,7 +272,7 @@ def test_a_dense_checkpoint_from_after_the_schedule_is_masked_at_once(tmp_path):
     run.fit(LitNet(), loader())
     run.save_checkpoint(tmp_path / "dense.ckpt")
     model, watch = LitNet(), Watch()
-    later = trainer(tmp_path, callbacks=[Magnitude(sparsity=0.5, align=1, until_epoch=3), watch], max_epochs=6)
+    later = trainer(tmp_path, callbacks=[Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=3), watch], max_epochs=6)
     later.fit(model, loader(), ckpt_path=tmp_path / "dense.ckpt")
     assert [width(kept) for kept in watch.epochs] == [36] * 4
 
@@ -287,18 +287,18 @@ class NoStep(Callback):
 
 def test_what_cannot_be_met_is_said_before_anything_is_trained(tmp_path):
     with pytest.raises(BudgetError, match=r"is the least that can be reached.*Bound by 'net\."):
-        fit(LitNet(), [Magnitude(flops=0.001, until_epoch=2), NoStep()], tmp_path)
+        fit(LitNet(), [Magnitude(structured=True, flops=0.001, until_epoch=2), NoStep()], tmp_path)
     with pytest.raises(ModelError, match=r"would change nothing.*net\.10: it is an output"):
-        fit(LitNet(), [Magnitude(sparsity=0.5, include="net.10", until_epoch=2), NoStep()], tmp_path)
+        fit(LitNet(), [Magnitude(structured=True, sparsity=0.5, include="net.10", until_epoch=2), NoStep()], tmp_path)
 
 
 @pytest.mark.parametrize("until_epoch", [None, 2])
 def test_a_rehearsal_tells_what_a_fit_would_refuse(until_epoch):
     with pytest.raises(BudgetError, match="Bound by"):
-        rehearse(LitNet(), [Magnitude(sparsity=0.99, until_epoch=until_epoch)])
+        rehearse(LitNet(), [Magnitude(structured=True, sparsity=0.99, until_epoch=until_epoch)])
     with pytest.raises(ModelError, match="would change nothing"):
-        rehearse(LitNet(), [Magnitude(sparsity=0.5, include="net.10", until_epoch=until_epoch)])
-    rehearse(LitNet(), [Magnitude(sparsity=0.5, until_epoch=until_epoch)])
+        rehearse(LitNet(), [Magnitude(structured=True, sparsity=0.5, include="net.10", until_epoch=until_epoch)])
+    rehearse(LitNet(), [Magnitude(structured=True, sparsity=0.5, until_epoch=until_epoch)])
 
 
 # With other callbacks and other stages ----------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_a_rehearsal_tells_what_a_fit_would_refuse(until_epoch):
     "other", [lambda: LowRank(rank=4, align=1, include="net.8"), lambda: TRP(energy=0.3, align=1, include="net.8")]
 )
 def test_a_layer_that_reads_the_channels_may_be_factorized_in_the_same_fit(other, first, tmp_path):
-    method = Magnitude(sparsity=0.5, align=1, until_epoch=2, include=["net.0", "net.3"])
+    method = Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=2, include=["net.0", "net.3"])
     model = LitNet()
     run = fit(model, [method, other()] if first else [other(), method], tmp_path)
     assert model.net[0].out_channels + model.net[3].out_channels == 20
@@ -320,7 +320,7 @@ def test_a_layer_that_reads_the_channels_may_be_factorized_in_the_same_fit(other
 
 
 def test_channels_that_are_masked_leave_even_if_another_callback_meets_the_bound(tmp_path):
-    method = Magnitude(flops=0.9, align=1, until_epoch=1, include="net.8")
+    method = Magnitude(structured=True, flops=0.9, align=1, until_epoch=1, include="net.8")
     model = LitNet()
     fit(model, [TRP(flops=0.6, align=1, include="net.3"), method], tmp_path)
     assert model.net[8].weight.any(1).all()
@@ -328,10 +328,10 @@ def test_channels_that_are_masked_leave_even_if_another_callback_meets_the_bound
 
 
 STAGES = {
-    "channels, low rank": [lambda: Magnitude(flops=0.7, align=1), lambda: LowRank(flops=0.5, align=1)],
-    "low rank, channels": [lambda: LowRank(flops=0.7, align=1), lambda: Magnitude(flops=0.4, align=1)],
-    "channels, channels": [lambda: Random(flops=0.7, align=1), lambda: Magnitude(flops=0.4, align=1, until_epoch=2)],
-    "gradual channels, low rank": [lambda: Magnitude(params=0.7, align=1, until_epoch=2), lambda: LowRank(params=0.4, align=1)],
+    "channels, low rank": [lambda: Magnitude(structured=True, flops=0.7, align=1), lambda: LowRank(flops=0.5, align=1)],
+    "low rank, channels": [lambda: LowRank(flops=0.7, align=1), lambda: Magnitude(structured=True, flops=0.4, align=1)],
+    "channels, channels": [lambda: Random(structured=True, flops=0.7, align=1), lambda: Magnitude(structured=True, flops=0.4, align=1, until_epoch=2)],
+    "gradual channels, low rank": [lambda: Magnitude(structured=True, params=0.7, align=1, until_epoch=2), lambda: LowRank(params=0.4, align=1)],
 }  # fmt: skip
 
 
@@ -358,7 +358,7 @@ def test_two_stages_replay_from_one_checkpoint_bit_for_bit(case, tmp_path):
 def test_after_an_averaged_gradual_fit_masked_channels_leave_with_the_average(tmp_path):
     model = LitNet(norm=False)
     run = fit(
-        model, [Magnitude(sparsity=0.5, align=1, until_epoch=2), EMAWeightAveraging(decay=0.5)], tmp_path, max_epochs=3
+        model, [Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=2), EMAWeightAveraging(decay=0.5)], tmp_path, max_epochs=3
     )
     assert sum(model.net[layer].weight.shape[0] for layer in LAYERS) == 36
     run.save_checkpoint(tmp_path / "small.ckpt")
@@ -378,7 +378,7 @@ class LitAttention(LitNet):
 @pytest.mark.filterwarnings("ignore:.*enable_nested_tensor is True")
 def test_heads_are_masked_step_by_step_and_leave(tmp_path):
     model = LitAttention()
-    run = fit(model, [Magnitude(sparsity=0.5, align=1, until_epoch=2, scope="uniform")], tmp_path)
+    run = fit(model, [Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=2, scope="uniform")], tmp_path)
     layer = model.net[1].layers[0]
     assert layer.self_attn.num_heads == 2
     assert layer.linear1.out_features == 8
@@ -395,7 +395,7 @@ def test_the_masked_model_of_the_fit_is_the_one_that_the_plan_stands_for(tmp_pat
 
     model, watch = Frozen(), Watch()
     before = copy.deepcopy(model)
-    method = Magnitude(sparsity=0.5, align=1, until_epoch=1)
+    method = Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=1)
     fit(model, [method, watch], tmp_path, max_epochs=1)
     mask_(before, method.plan)
     for (name, value), wanted in zip(watch.masked[:10].named_parameters(), before.net[:10].parameters(), strict=True):
@@ -404,10 +404,10 @@ def test_the_masked_model_of_the_fit_is_the_one_that_the_plan_stands_for(tmp_pat
 
 def test_two_callbacks_may_not_take_the_same_layer(tmp_path):
     with pytest.raises(TrainerError, match=r"Random and Magnitude would both compress layer 'net\.8'"):
-        fit(LitNet(), [Magnitude(flops=0.8, include="net.8"), Random(flops=0.8, exclude="net.3")], tmp_path)
+        fit(LitNet(), [Magnitude(structured=True, flops=0.8, include="net.8"), Random(structured=True, flops=0.8, exclude="net.3")], tmp_path)
 
 
 def test_the_state_of_a_run_that_has_ended_holds_no_masks(tmp_path):
-    method = Magnitude(sparsity=0.5, align=1, until_epoch=1)
+    method = Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=1)
     fit(LitNet(), [method], tmp_path)
     assert not Plan.from_json(method.state_dict()["pending"])

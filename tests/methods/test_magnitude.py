@@ -102,7 +102,7 @@ def test_scores_of_a_masked_model_are_those_of_the_smaller_one():
     torch.manual_seed(2)
     model, x = Residual().eval(), torch.randn(2, 2, 5, 5)
     structure = find_units(model, as_calls(x))
-    small, plan = compress(model, Magnitude(sparsity=0.5, align=1), x)
+    small, plan = compress(model, Magnitude(structured=True, sparsity=0.5, align=1), x)
     gone = np.zeros(structure.count, bool)
     cuts = {step.key(name): cut for step in plan.steps for name, cut in step.tensors.items()}
     for name, group in zip(("stem.weight", "first.weight"), structure.groups, strict=True):
@@ -138,8 +138,8 @@ def kept(plan, layer):
 def test_the_norm_decides_between_one_large_and_many_small_weights():
     model = chain([1.0, 0.0, 0.0, 0.0], [0.4, 0.4, 0.4, 0.4], [5.0, 5.0, 5.0, 5.0])  # L1 1 and 1.6, L2 1 and 0.8
     x = torch.randn(3, 4)
-    assert kept(compress(model, Magnitude(norm=1, sparsity=0.3, align=1), x)[1], "0") == [1, 2]
-    assert kept(compress(model, Magnitude(norm=2, sparsity=0.3, align=1), x)[1], "0") == [0, 2]
+    assert kept(compress(model, Magnitude(structured=True, norm=1, sparsity=0.3, align=1), x)[1], "0") == [1, 2]
+    assert kept(compress(model, Magnitude(structured=True, norm=2, sparsity=0.3, align=1), x)[1], "0") == [0, 2]
 
 
 def test_normalized_scores_do_not_depend_on_the_scale_of_a_group_and_plain_ones_do():
@@ -149,7 +149,7 @@ def test_normalized_scores_do_not_depend_on_the_scale_of_a_group_and_plain_ones_
         with torch.no_grad():
             model[0].weight.mul_(scale)  # of the first group alone
             model[2].weight.zero_()  # shared by both
-        plan = compress(model, Magnitude(sparsity=0.5, align=1, normalize=normalize), torch.randn(2, 8))[1]
+        plan = compress(model, Magnitude(structured=True, sparsity=0.5, align=1, normalize=normalize), torch.randn(2, 8))[1]
         return [step.tensors["weight"].to_dict() for step in plan.steps if isinstance(step, KeepChannels)]
 
     assert share(1.0, "mean") == share(1e-3, "mean")
@@ -169,7 +169,7 @@ def test_planted_zero_channels_leave_first_and_the_outputs_stay(norm, normalize)
         for tensor in (model.first.weight, model.first.bias, model.norm.weight, model.norm.bias):
             tensor[none] = 0
     sparsity = 5 / 16  # channels that layers write: 6 and 6 for the residual, 4; of these 2, 2 and 1 are dead
-    small, plan = compress(model, Magnitude(norm=norm, normalize=normalize, sparsity=sparsity, align=1), x)
+    small, plan = compress(model, Magnitude(structured=True, norm=norm, normalize=normalize, sparsity=sparsity, align=1), x)
     assert kept(plan, "stem") == kept(plan, "second") == [0, 2, 3, 5]
     assert kept(plan, "first") == [0, 1, 3]
     torch.testing.assert_close(small(x), model(x), rtol=TOLERANCE, atol=TOLERANCE)
@@ -179,13 +179,14 @@ def test_weights_that_are_not_finite_are_named():
     model = Residual()
     model.first.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"weights of '(stem|first)' are not finite"):
-        compress(model, Magnitude(sparsity=0.3), torch.randn(2, 2, 5, 5))
+        compress(model, Magnitude(structured=True, sparsity=0.3), torch.randn(2, 2, 5, 5))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"structured": False}, r"Magnitude\(structured=False\): give True"),
+        ({"structured": None}, r"Magnitude\(structured=None\): give False or True"),
+        ({"structured": False}, r"Magnitude\(flops=0.5\): single weights leave by sparsity"),
         ({"norm": 3}, r"Magnitude\(norm=3\): give 1 or 2"),
         ({"norm": True}, r"Magnitude\(norm=True\): give 1 or 2"),
         ({"norm": "2"}, r"Magnitude\(norm='2'\): give 1 or 2"),
@@ -195,12 +196,12 @@ def test_weights_that_are_not_finite_are_named():
 )
 def test_options_out_of_range_are_refused_at_once(options, message):
     with pytest.raises(OptionError, match=message):
-        Magnitude(**{"flops": 0.5, **options})
+        Magnitude(**{"structured": True, "flops": 0.5, **options})
 
 
 def test_shares_by_glob_shrink_the_groups_they_name_and_no_others():
     network, example = NETWORKS["resnet18"]()
-    small, _ = compress(network, Magnitude(sparsity={"layer1.*": 0.5, "layer2.0.conv1": 0.25}, align=1), example)
+    small, _ = compress(network, Magnitude(structured=True, sparsity={"layer1.*": 0.5, "layer2.0.conv1": 0.25}, align=1), example)
     widths = {
         name: (m.out_channels, small.get_submodule(name).out_channels)
         for name, m in network.named_modules()
@@ -220,9 +221,9 @@ def test_shares_by_glob_shrink_the_groups_they_name_and_no_others():
 @pytest.mark.parametrize("shares", [{}, {"conv": 1.0}, {"conv": True}, {3: 0.5}])
 def test_wrong_shares_by_glob_are_refused(shares):
     with pytest.raises(OptionError, match=r"give shares in \[0, 1\) by name or glob"):
-        Magnitude(sparsity=shares)
+        Magnitude(structured=True, sparsity=shares)
 
 
 def test_shares_by_glob_exclude_a_scope():
     with pytest.raises(OptionError, match="drop it"):
-        Magnitude(sparsity={"conv": 0.5}, scope="uniform")
+        Magnitude(structured=True, sparsity={"conv": 0.5}, scope="uniform")

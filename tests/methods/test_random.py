@@ -19,7 +19,7 @@ def network():
 
 def kept(seed, model=None, **options):
     """Which rows of each layer stay."""
-    plan = compress(model or network(), Random(**({"sparsity": 0.4, "align": 1, "seed": seed} | options)), X)[1]
+    plan = compress(model or network(), Random(structured=True, **({"sparsity": 0.4, "align": 1, "seed": seed} | options)), X)[1]
     return {s.module: s.tensors["weight"].kept(0).tolist() for s in plan.steps if 0 in s.tensors["weight"].keep}
 
 
@@ -48,7 +48,7 @@ def test_every_unit_is_as_likely_to_be_among_the_lowest():
     everything, seeds = np.ones(structure.count, bool), 600
     lowest = np.zeros(structure.count)
     for seed in range(seeds):
-        scores = Random(sparsity=0.4, seed=seed).score_units(None, structure, everything)  # type: ignore[arg-type]
+        scores = Random(structured=True, sparsity=0.4, seed=seed).score_units(None, structure, everything)  # type: ignore[arg-type]
         lowest[np.argsort(scores)[:8]] += 1
     deviation = (0.4 * 0.6 / seeds) ** 0.5
     assert structure.count == 20
@@ -60,10 +60,10 @@ def test_every_unit_is_as_likely_to_be_among_the_lowest():
     [
         ({"seed": -1}, r"Random\(seed=-1\): give an integer of at least 0"),
         ({"seed": 1.5}, r"Random\(seed=1\.5\)"),
-        ({"structured": False}, r"Random\(structured=False\): give True"),
-        ({"structured": 1}, r"Random\(structured=1\): give True"),
+        ({"structured": False}, r"Random\(flops=0\.5\): single weights leave by sparsity"),
+        ({"structured": 1}, r"Random\(structured=1\): give False or True"),
     ],
 )
 def test_options_out_of_range_are_refused_at_once(options, message):
     with pytest.raises(OptionError, match=message):
-        Random(**{"flops": 0.5, **options})
+        Random(**{"structured": True, "flops": 0.5, **options})

@@ -197,7 +197,7 @@ ZOO: dict[str, Entry] = {
     "torchvision.swin_v2_t": replace(_vision("swin_v2_t", "transformer"), flops=0.8, heads=False),
     "torchvision.vit": Entry("transformer", _small_vit, _image(64)),
     "torchvision.maxvit": Entry("transformer", _small_maxvit, _image(64), heads=False),
-    "torchvision.mvit_v2": Entry("transformer", _small_mvit, (2, 3, 4, 64, 64), flops=0.7, heads=False),
+    "torchvision.mvit_v2": Entry("transformer", _small_mvit, (2, 3, 4, 64, 64), flops=0.6, heads=False),
     **{
         f"timm.{name}": _timm(name, "cnn")
         for name in (

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_prune.errors import PlanError
+from lightning_prune.structure.steps.absorb import AbsorbConstants
 from lightning_prune.structure.steps.attention import OpenHeads
 from lightning_prune.structure.steps.base import Step
 from lightning_prune.structure.steps.channels import KeepChannels
@@ -11,7 +12,7 @@ from lightning_prune.structure.steps.cut import Cut
 from lightning_prune.structure.steps.factorize import Factorize
 from lightning_prune.structure.steps.mask import MaskWeight, pack_bits, unpack_bits
 
-STEPS: dict[str, type[Step]] = {kind.action: kind for kind in (MaskWeight, Factorize, KeepChannels, OpenHeads)}
+STEPS: dict[str, type[Step]] = {kind.action: kind for kind in (MaskWeight, AbsorbConstants, Factorize, KeepChannels, OpenHeads)}
 
 
 def read_step(item: Mapping[str, Any]) -> Step:
@@ -36,6 +37,7 @@ def read_step(item: Mapping[str, Any]) -> Step:
 
 __all__ = [
     "STEPS",
+    "AbsorbConstants",
     "Cut",
     "Factorize",
     "KeepChannels",

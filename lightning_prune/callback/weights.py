@@ -1,0 +1,336 @@
+"""Base of the methods that remove single weights: masks of exact size, and the units that die of them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_prune.budget.weights import Scope, count_to_remove, select_weights
+from lightning_prune.callback.checks import check_choice, check_integer, nothing_to_change
+from lightning_prune.callback.masking import Masking, Schedule
+from lightning_prune.callback.task import Task
+from lightning_prune.errors import BudgetError, ModelError, OptionError
+from lightning_prune.structure.dead import bury
+from lightning_prune.structure.masks import cut_masks, masked
+from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.select import Pattern, select
+from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
+
+PRUNABLE = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+)  # their weights are sums over inputs; those of embeddings and norms are not
+ChooseWeights = Callable[[Task, Mapping[str, nn.Parameter], Mapping[str, Tensor], int], Mapping[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The prunable weights of a model.
+
+    Attributes:
+        tensors: The parameters by full name, tied ones once.
+        kept: True where an entry has not been masked, by name, boolean.
+        gone: Entries that earlier stages have cut off.
+        alone: Layers that are selected and have no prunable weight, with the reason.
+    """
+
+    tensors: Mapping[str, nn.Parameter]
+    kept: Mapping[str, Tensor]
+    gone: int
+    alone: Mapping[str, str]
+
+    @property
+    def entries(self) -> int:
+        """Number of prunable weights of the dense model."""
+        return self.gone + sum(weight.numel() for weight in self.tensors.values())
+
+    @property
+    def removed(self) -> int:
+        """How many of them are cut off or masked."""
+        return self.gone + sum(int((~mask).sum()) for mask in self.kept.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRemoval:
+    """Single weights leave: they are masked, and units whose weights are all masked go for good.
+
+    Attributes:
+        method: Name of the method, for messages.
+        choose: Chooses what stays; see :meth:`WeightPruning.choose_weights`.
+        sparsity: Share of the weights that leaves, of the dense model's.
+        min_kept: At least so many weights of every tensor stay.
+        remove_dead: Whether units that die are cut off.
+        include: Layers to take.
+        exclude: Layers to leave alone.
+    """
+
+    method: str
+    choose: ChooseWeights
+    min_kept: int
+    remove_dead: bool
+    include: Pattern | Sequence[Pattern] | None
+    exclude: Pattern | Sequence[Pattern] | None
+
+    def claim(self, model: nn.Module) -> set[str]:
+        """Return the names of the layers that hold prunable weights and are selected."""
+        layers = {name: module for name, module in model.named_modules() if name and isinstance(module, PRUNABLE)}
+        return set(select(layers, self.include, self.exclude)) if layers else set()
+
+    def met(self, task: Task) -> str | None:
+        """Return why the target is already met, in words, or None."""
+        if self.sparsity == 0:
+            return "sparsity=0 removes nothing"
+        if not task.plan:
+            return None
+        weights = self.look(task)
+        count = count_to_remove(self.sparsity, weights.entries)
+        if weights.removed < count:
+            return None
+        return f"{weights.removed:,} of {weights.entries:,} weights have left, sparsity={self.sparsity} are asked for"
+
+    def look(self, task: Task) -> Weights:
+        """Return the prunable weights.
+
+        Raises:
+            OptionError: If a pattern matches no layer.
+            ModelError: If there is none; says why for every layer.
+        """
+        claimed, model = self.claim(task.model), task.model
+        tensors: dict[str, nn.Parameter] = {}
+        alone: dict[str, str] = {}
+        seen: set[nn.Parameter] = set()
+        for name, module in model.named_modules():
+            if name not in claimed:
+                continue
+            own = {f"{name}.{key}": p for key, p in module.named_parameters(recurse=False) if p.ndim >= 2}
+            free = {key: p for key, p in own.items() if p.requires_grad}
+            if parametrize.is_parametrized(module):
+                alone[name] = (
+                    "its weight is computed from others (torch.nn.utils.parametrize), which a mask would not hold at zero; "
+                    "remove_parametrizations makes it a plain one"
+                )
+                continue
+            if not free:
+                alone[name] = "it is frozen" if own else "it holds no weight of its own"
+            tensors |= {key: p for key, p in free.items() if p not in seen}
+            seen |= set(free.values())
+        if not tensors:
+            raise nothing_to_change(self.method, alone)
+        masks = cut_masks(model, task.plan)
+        kept = {key: masks.get(key, torch.ones(p.shape, dtype=torch.bool)).to(p.device) for key, p in tensors.items()}
+        return Weights(tensors, kept, _cut_off(task.plan, set(tensors)), alone)
+
+    def fits(self, found: Weights, model: nn.Module) -> bool:
+        """Tell whether the model still holds the weights, in their shapes."""
+        parameters = dict(model.named_parameters())
+        return all(
+            parameters.get(key) is p and p.shape == found.kept[key].shape for key, p in found.tensors.items()
+        )
+
+    def check(self, task: Task, found: Weights) -> None:
+        """Raise if the target cannot be met.
+
+        Raises:
+            BudgetError: If ``min_kept`` leaves too few that could go.
+        """
+        free = sum(max(0, weight.numel() - self.min_kept) for weight in found.tensors.values())
+        count = count_to_remove(self.sparsity, found.entries) - found.gone
+        if count > free:
+            raise BudgetError(
+                f"{self.method}(sparsity={self.sparsity}, min_kept={self.min_kept}) would remove {count:,} weights of "
+                f"{len(found.tensors)} tensors, of which at most {free:,} may go. Lower sparsity or min_kept."
+            )
+
+    def score(self, task: Task, found: Weights, pending: Sequence[Step], share: float | None) -> Weights:
+        """Choose which weights stay; every rank comes to the same."""
+        now = _with(found, pending)
+        if share is None:
+            return now
+        self.check(task, found)
+        target = count_to_remove(self.sparsity, found.entries)
+        start = found.removed  # before this fit
+        count = start + round((target - start) * share) - found.gone if share < 1 else target - found.gone
+        with masked(dict(now.tensors), now.kept):
+            stays = self.choose(task, now.tensors, now.kept, max(count, now.removed - now.gone))
+        kept = {key: stays[key].to(mask.device) & mask for key, mask in now.kept.items()}
+        return dataclasses.replace(now, kept=kept)
+
+    def steps(self, task: Task, scores: Weights, share: float | None) -> tuple[Step, ...]:
+        """Return a mask for every tensor that has lost entries."""
+        before = cut_masks(task.model, task.plan)
+        steps = []
+        for key, mask in scores.kept.items():
+            if not bool(mask.all()) and not (key in before and torch.equal(before[key], mask.cpu())):
+                module, _, parameter = key.rpartition(".")
+                steps.append(MaskWeight.of(module, parameter, mask))
+        return tuple(steps)
+
+    def plan(self, task: Task, scores: Weights, steps: tuple[Step, ...]) -> Plan:
+        """Return the masks and the removal of units that died of them."""
+        alone = dict(scores.alone)
+        whole = {key.rpartition(".")[0] for key in scores.tensors} - {step.module for step in steps}
+        alone |= dict.fromkeys(sorted(whole - set(alone)), "all of its weights stay")
+        if self.remove_dead and steps:
+            with masked(dict(scores.tensors), scores.kept):
+                steps += bury(task.model, task.calls, dict(scores.kept))
+        changed = {step.module for step in steps}
+        return Plan(steps, {name: reason for name, reason in alone.items() if name not in changed})
+
+    def facts(self, task: Task, found: Weights, pending: Sequence[Step]) -> dict[str, float]:
+        """Return the share of the dense model's weights that is masked or gone."""
+        return {"masked/sparsity": _with(found, pending).removed / found.entries}
+
+
+def _with(found: Weights, pending: Sequence[Step]) -> Weights:
+    """Return the weights with further entries masked."""
+    masks = {step.key: step.mask for step in pending if isinstance(step, MaskWeight)}
+    kept = {key: mask & masks[key].to(mask.device) if key in masks else mask for key, mask in found.kept.items()}
+    return dataclasses.replace(found, kept=kept)
+
+
+def _cut_off(plan: Plan, names: set[str]) -> int:
+    """Return how many entries of the named tensors earlier stages have cut off."""
+    cuts = [(s.key(name), c) for s in plan.steps if isinstance(s, KeepChannels) for name, c in s.tensors.items()]
+    return sum(_size(cut.shape) - _size(cut.after) for key, cut in cuts if key in names)
+
+
+def _size(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+class WeightPruning(Masking):
+    """Remove single weights by a score.
+
+    Without ``until_epoch`` they are masked at the start of the fit; with it, step by step from ``start_epoch`` on. Masked weights stay exactly
+    zero while the model trains. Units of which all incoming or all outgoing weights are masked leave for good, at the start or after the fit.
+
+    Args:
+        sparsity: Share of the weights that leaves, in [0, 1), of the dense model's prunable ones: weights of linear layers, convolutions,
+            attention and recurrent layers; not biases, norms, embeddings and what is frozen.
+        scope: ``"global"``: one ranking over all tensors. ``"uniform"``: the same share of every tensor. ``"erk"``: Erdos-Renyi-kernel densities.
+        min_kept: At least so many weights of every tensor stay.
+        remove_dead: Whether units that die are cut off.
+        include: Layers to take: names, globs or module types; None takes all.
+        exclude: Layers to leave alone, likewise.
+        start_epoch: First epoch in which a gradual run masks.
+        until_epoch: Epoch at whose start a gradual run has reached its target; None masks at the start of the fit.
+        every_n_epochs: Epochs between the steps of a gradual run.
+        schedule: How the target is approached: ``"cubic"`` (fast first; Zhu and Gupta 2017, arXiv:1710.01878) or ``"linear"``.
+        recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards; 0 leaves them.
+
+    Raises:
+        OptionError: If an argument is of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        scope: Scope = "global",
+        min_kept: int = 0,
+        remove_dead: bool = True,
+        include: Pattern | Sequence[Pattern] | None = None,
+        exclude: Pattern | Sequence[Pattern] | None = None,
+        start_epoch: int = 0,
+        until_epoch: int | None = None,
+        every_n_epochs: int = 1,
+        schedule: Schedule = "cubic",
+        recalibrate_bn: int = 8,
+    ) -> None:
+        super().__init__(
+            include=include,
+            exclude=exclude,
+            start_epoch=start_epoch,
+            until_epoch=until_epoch,
+            every_n_epochs=every_n_epochs,
+            schedule=schedule,
+            recalibrate_bn=recalibrate_bn,
+        )
+        self.sparsity, self.scope, self.min_kept, self.remove_dead = sparsity, scope, min_kept, remove_dead
+        check_choice(self, "scope", ("global", "uniform", "erk"))
+        self.removal = weight_removal(self, self.choose_weights, sparsity)
+
+    def score_weights(
+        self, task: Task, weights: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Score every weight; called on every rank, and every rank returns the same.
+
+        Args:
+            task: The model and its data.
+            weights: The prunable parameters by full name, tied ones once.
+            kept: False where an entry is masked already, same shapes, boolean. Those are zero in the model, and their scores are not read.
+
+        Returns:
+            Scores by name, same shapes, finite; higher = keep.
+        """
+        raise NotImplementedError
+
+    def choose_weights(
+        self, task: Task, weights: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor], count: int
+    ) -> Mapping[str, Tensor]:
+        """Choose which entries stay; called on every rank, and every rank comes to the same.
+
+        Scores once. Methods that score anew while weights leave override this.
+
+        Args:
+            task: The model and its data.
+            weights: The prunable parameters by full name.
+            kept: False where an entry is masked already.
+            count: How many entries are False in the result, those that are masked already among them.
+        """
+        scores = check_scores(type(self).__name__, self.score_weights(task, weights, kept), kept)
+        return select_weights(scores, kept, count, self.scope, self.min_kept)
+
+
+class _Options(Protocol):
+    """The options of a method that removes weights."""
+
+    min_kept: int
+    remove_dead: bool
+    include: Pattern | Sequence[Pattern] | None
+    exclude: Pattern | Sequence[Pattern] | None
+
+
+def weight_removal(method: _Options, choose: ChooseWeights, sparsity: object) -> WeightRemoval:
+    """Check the options of a method and return the removal that they describe.
+
+    Args:
+        method: The method.
+        choose: Chooses what stays.
+        sparsity: Share of the weights that leaves.
+
+    Raises:
+        OptionError: If one is of the wrong type or out of range.
+    """
+    name = type(method).__name__
+    for bound in ("flops", "params"):
+        if getattr(method, bound, None) is not None:
+            raise OptionError(
+                f"{name}({bound}={getattr(method, bound)!r}): single weights leave by sparsity. Give sparsity=, or structured=True to remove channels."
+            )
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise OptionError(f"{name}(sparsity={sparsity!r}): give a number in [0, 1), the share of weights that leave.")
+    check_integer(method, "min_kept", 0)
+    check_choice(method, "remove_dead", (True, False))
+    return WeightRemoval(
+        name, choose, float(sparsity), method.min_kept, method.remove_dead, method.include, method.exclude
+    )
+
+
+def check_scores(method: str, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Check that every weight that is still there has a finite score.
+
+    Raises:
+        ModelError: If one has not; names the tensor.
+    """
+    for name, mask in kept.items():
+        if not bool((scores[name].isfinite() | ~mask.to(scores[name].device)).all()):
+            raise ModelError(
+                f"{method}: scores of {name!r} are not finite. Look for a diverged training, or for a loss that overflows."
+            )
+    return scores

@@ -1,0 +1,93 @@
+"""Constants moved into a bias: inputs of a layer that are the same number for whatever the model is given."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import PlanError
+from lightning_prune.structure.steps.base import Step, swap
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsorbConstants(Step):
+    """Add to the bias of a linear layer or convolution what constant inputs contribute; these can then be held at zero, and leave.
+
+    Exact where every output sees all taps of the constant inputs, so not beside zero padding.
+
+    Attributes:
+        module: Dotted name of the layer; its weight is ``[outputs, inputs, *taps]``.
+        constants: The constant, by index of the input.
+
+    Raises:
+        PlanError: If a constant is not finite, or an index no index.
+    """
+
+    action: ClassVar[str] = "absorb"
+    constants: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        for index, value in self.constants.items():
+            if type(index) is not int or index < 0 or type(value) not in (int, float) or not math.isfinite(value):
+                raise PlanError(f"Module {self.module!r} cannot absorb the constant {value!r} of input {index!r}.")
+        object.__setattr__(self, "constants", dict(sorted(self.constants.items())))
+
+    def find(self, model: nn.Module) -> nn.Module:
+        """Return the layer.
+
+        Raises:
+            PlanError: If it has no such inputs or no bias.
+        """
+        module = super().find(model)
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is None or weight.ndim < 2 or bias is None:
+            raise PlanError(f"The plan moves constants into the bias of {self.module!r}, which has no weight and bias.")
+        if self.constants and max(self.constants) >= weight.shape[1]:
+            raise PlanError(f"The plan knows inputs of {self.module!r} up to {max(self.constants)}; it has {weight.shape[1]}.")
+        return module
+
+    def build(self, model: nn.Module) -> None:
+        """Check that the layer is there; no shape changes."""
+        self.find(model)
+
+    def emulate(self, model: nn.Module) -> None:
+        """Add what the constants contribute to the bias."""
+        module = self.find(model)
+        weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
+        inputs = torch.tensor(list(self.constants), device=weight.device)
+        values = torch.tensor(list(self.constants.values()), device=weight.device, dtype=torch.float64)
+        taps = weight.data.double()[:, inputs].flatten(2).sum(2) if weight.ndim > 2 else weight.data.double()[:, inputs]
+        swap(bias, (bias.data.double() + taps @ values).to(bias.dtype))
+
+    def apply(self, model: nn.Module) -> None:
+        """Add what the constants contribute to the bias."""
+        self.emulate(model)
+
+    def undo(self, model: nn.Module) -> None:
+        """Do nothing: no shape has changed."""
+
+    def facts(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the table row."""
+        return {"action": self.action, "before": f"{len(self.constants)} constant inputs", "after": "bias", "kept": 1.0}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the step in JSON types."""
+        return super().to_dict() | {"constants": [[index, value] for index, value in self.constants.items()]}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Build the step from what :meth:`to_dict` returned."""
+        return cls(fields["module"], {index: value for index, value in fields["constants"]})
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    found = module._parameters[name]
+    assert found is not None  # find() has looked
+    return found
