@@ -20,7 +20,7 @@ from lightning_prune.structure.calls import Call
 from lightning_prune.structure.groups import Structure
 from lightning_prune.structure.removal import removal_steps
 from lightning_prune.structure.tracing.labels import Size
-from lightning_prune.structure.tracing.program import line_of, reads_training
+from lightning_prune.structure.tracing.program import lines_of, reads_training
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,21 @@ _FOREIGN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, As
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 5e-2}
 _SMALL = 1_000_000  # parameters up to which trials cost next to nothing
 _REACHES = ("nothing", "the module", "the module and those around it")  # how far attributes are looked for
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """How real Python fails to compute what the masked model does.
+
+    Attributes:
+        reason: In words.
+        forward: The line of the innermost ``forward`` of the user's on the way to the error; empty if there was none.
+        line: The line where the error came up, perhaps in a function that ``forward`` calls.
+    """
+
+    reason: str
+    forward: str = ""
+    line: str = ""
 
 
 def try_sizes(model: nn.Module, calls: Sequence[Call], structure: Structure) -> Structure:
@@ -63,13 +78,13 @@ def _by_family(
     followed, refused = list(structure.sizes), []
     for sizes in families:
         found = _alone(model, calls, structure, sizes)
-        if found is None:
-            refused.append(sizes)
+        if isinstance(found, _Failure):
+            refused.append((sizes, found))
         else:
             followed += found
     result = dataclasses.replace(structure, sizes=tuple(followed))
-    for sizes in refused:
-        result = _refuse(result, sizes)
+    for sizes, failure in refused:
+        result = _refuse(result, sizes, failure)
     return result
 
 
@@ -79,29 +94,31 @@ def _by_group(model: nn.Module, calls: Sequence[Call], structure: Structure) -> 
     refused: list[tuple[np.ndarray, str]] = []
 
     def admit(units: Sequence[np.ndarray]) -> None:
-        where = _failure(model, calls, structure, np.concatenate([*admitted, *units]))
-        if where is None:
+        failure = _failure(model, calls, structure, np.concatenate([*admitted, *units]))
+        if failure is None:
             admitted.extend(units)
         elif len(units) == 1:
-            refused.append((units[0], where))
+            refused.append((units[0], failure.reason))
         else:
             admit(units[: len(units) // 2])
             admit(units[len(units) // 2 :])
 
     admit([group.units for group in structure.groups])
     result, kept = structure, np.arange(structure.count)
-    for units, where in refused:
+    for units, reason in refused:
         now = np.flatnonzero(np.isin(kept, units))
-        result, gone = result.without_units(now, f"{where} when its size changes")
+        result, gone = result.without_units(now, f"{reason} when its size changes")
         kept = kept[~gone]
     return result
 
 
-def _refuse(structure: Structure, sizes: Sequence[Size]) -> Structure:
+def _refuse(structure: Structure, sizes: Sequence[Size], failure: _Failure) -> Structure:
+    """Let the units behind ``sizes`` stay; a function that a line of theirs calls is named instead if it is what fails."""
     wheres = {size.where for size in sizes}
+    where = failure.line if failure.forward in wheres else sizes[0].where
     labels = [s.labels for s in structure.sizes if s.where in wheres and _fixes(s)]
     units = np.unique(np.concatenate([own.reshape(-1) for own in labels])) if labels else np.zeros(0, np.int64)
-    return structure.without(units[units >= 0], f"its size is fixed by the code at {sizes[0].where}")
+    return structure.without(units[units >= 0], f"its size is fixed by the code at {where}")
 
 
 def _fixes(size: Size) -> bool:
@@ -131,18 +148,21 @@ def _families(structure: Structure) -> list[list[Size]]:
 
 def _alone(
     model: nn.Module, calls: Sequence[Call], structure: Structure, sizes: Sequence[Size]
-) -> tuple[Size, ...] | None:
-    """Try the units behind some sizes alone; return the attributes that follow, or None if the sizes are fixed."""
+) -> tuple[Size, ...] | _Failure:
+    """Try the units behind some sizes alone; return the attributes that follow, or how it fails without any if the sizes are fixed."""
     units = np.unique(np.concatenate([size.labels.reshape(-1) for size in sizes]))
     units = units[units >= 0]
     touched = np.zeros(structure.count + 1, bool)
     touched[units] = True
     related = [s for s in structure.sizes if touched[s.labels].any()]
+    failures = []
     for reach in range(len(_REACHES)):
         found = _with_attributes(model, structure, related, reach)
-        if found is not None and _failure(model, calls, found, units) is None:
+        failure = None if found is None else _failure(model, calls, found, units)
+        if found is not None and failure is None:
             return found.sizes[len(structure.sizes) :]
-    return None
+        failures += [failure] if failure is not None else []
+    return failures[0]
 
 
 def _with_attributes(model: nn.Module, structure: Structure, sizes: Sequence[Size], reach: int) -> Structure | None:
@@ -182,7 +202,7 @@ def _lists(module: nn.Module, numbers: Sequence[int]) -> list[str]:
     ]
 
 
-def _failure(model: nn.Module, calls: Sequence[Call], structure: Structure, units: np.ndarray) -> str | None:
+def _failure(model: nn.Module, calls: Sequence[Call], structure: Structure, units: np.ndarray) -> _Failure | None:
     """Return how real Python fails to compute what the masked model does when some of ``units`` have left; None if it does not."""
     if not len(units):
         return None
@@ -228,7 +248,7 @@ def _cells(structure: Structure) -> list[np.ndarray]:
     return [np.flatnonzero(cell_of == cell) for cell in range(cell_of.max() + 1)]
 
 
-def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: np.ndarray) -> str | None:
+def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: np.ndarray) -> _Failure | None:
     trial = copy.deepcopy(model).eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -242,12 +262,13 @@ def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: 
                 step.apply(trial)
             found = [t for call in calls for t in _tensors(call.run(trial))]
             if len(expected) != len(found) or not all(map(_close, expected, found)):
-                return "the code computes something else, without an error,"
+                return _Failure("the code computes something else, without an error,")
             if shapes is not None and shapes != [t.shape for call in calls for t in _tensors(call.run(trial.train()))]:
-                return "the code in train mode returns other shapes"
+                return _Failure("the code in train mode returns other shapes")
     except _FOREIGN as error:
-        where = line_of(error)
-        return f"the code at {where} fails" if where else f"the code fails ({type(error).__name__})"
+        forward, line = lines_of(error)
+        reason = f"the code at {line} fails" if line else f"the code fails ({type(error).__name__})"
+        return _Failure(reason, forward, line)
     return None
 
 

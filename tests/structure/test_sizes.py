@@ -73,6 +73,74 @@ def test_a_literal_fixes_its_units_and_the_reason_names_the_line():
     assert left_alone(structure, ["qkv"])["qkv"].endswith(line)
 
 
+def apart(y):
+    """Fold heads out of features, in a function that ``forward`` calls."""
+    return y.view(y.shape[0], y.shape[1], 3, 2)
+
+
+def six():
+    return torch.ones(6, dtype=torch.float64)
+
+
+def weighted(y):
+    return y * six()
+
+
+@pytest.mark.parametrize(
+    ("forward", "line"),
+    [
+        (lambda s, x: s.b(apart(s.a(x)).relu().flatten(2)), "return y.view(y.shape[0], y.shape[1], 3, 2)"),
+        (lambda s, x: s.b(weighted(s.a(x))), "return y * six()"),
+    ],
+)
+def test_a_size_written_in_a_function_that_forward_calls_is_named_by_the_line_in_that_function(forward, line):
+    structure = structure_of(Net(forward, a=nn.Linear(3, 6), b=nn.Linear(6, 2)), TOKENS)
+    assert structure.count == 0
+    reason = structure.reasons["a.weight", 0]
+    assert reason.startswith("its size is fixed by the code at test_sizes.py:")
+    assert reason.endswith(f"`{line}`")
+
+
+def test_a_size_whose_failure_shows_in_another_module_is_named_by_the_line_that_writes_it():
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    def forward(s, x):
+        y = s.a(x)
+        first, rest = y[..., :2], y[..., 2:]
+        return s.b(first) + s.tail(rest)
+
+    structure = structure_of(Net(forward, a=nn.Linear(3, 5), b=nn.Linear(2, 2), tail=Tail()), TOKENS)
+    reason = structure.reasons["a.weight", 0]
+    assert "self.fc(x)" not in reason
+    assert "first, rest = " in reason or "s.tail(rest)" in reason
+
+
+def test_operations_of_the_model_itself_are_called_so():
+    structure = structure_of(nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 2)), TOKENS)
+    assert structure.reasons["0.weight", 0] == "softmax (module '1') normalizes over it"
+    bare = structure_of(nn.MultiheadAttention(6, 3, batch_first=True), *[torch.randn(2, 5, 6)] * 3)
+    assert all("module ''" not in reason for reason in bare.reasons.values())
+    assert any("(the model itself)" in reason for reason in bare.reasons.values())
+
+
+def test_what_goes_through_vmap_stays():
+    model = Net(
+        lambda s, x: s.c(torch.vmap(lambda row: s.b(row.view(5, 6)).relu())(s.a(x))),
+        a=nn.Linear(3, 6),
+        b=nn.Linear(6, 4),
+        c=nn.Linear(4, 2),
+    )
+    structure = structure_of(model, TOKENS)
+    assert "which is not known" in structure.reasons["a.weight", 0]
+    cut_at_random(model, structure, TOKENS)
+
+
 class Cut(nn.Module):
     def __init__(self, style):
         super().__init__()

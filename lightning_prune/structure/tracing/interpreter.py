@@ -137,7 +137,7 @@ class Interpreter:
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._region(node, args)
         if not isinstance(target, torch._ops.OpOverload):
-            return None  # Python scalars: sym_size and the like
+            return self._not_followed(node, args)  # Python scalars: sym_size and the like; the steps of vmap
         where, code = location(node)
         site = Site(
             self.labels,
@@ -228,11 +228,18 @@ class Interpreter:
                     )
             self.results[node] = self._graph(bodies[0].graph, bodies[0])
             return self._values(self.results[node])
+        return self._not_followed(node, args)
+
+    def _not_followed(self, node: fx.Node, args: Sequence[Any]) -> Any:
+        """Freeze what goes into something that is no operation of torch's own; return values for the tensors that come out."""
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         for value in _leaves(args):
             for field in value.fields:
                 self.labels.freeze(field.labels, f"it goes through the operation {name}, which is not known")
         example = node.meta.get("val")
-        return tuple(Value(tuple(t.shape)) for t in example) if isinstance(example, tuple | list) else None
+        if isinstance(example, tuple | list):
+            return tuple(Value(tuple(t.shape)) for t in example)
+        return Value(tuple(example.shape)) if isinstance(example, Tensor) else None
 
 
 def unknown(site: Site, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ import linecache
 import logging
 import traceback
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -172,7 +172,20 @@ def _refusal(model: nn.Module, call: Call, error: Exception) -> ModelError:
 
 def line_of(error: BaseException) -> str:
     """Return file and line of the user's code where ``error`` came up, and the code itself; empty if none of it is the user's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in _FOREIGN)]
+    return lines_of(error)[1]
+
+
+def lines_of(error: BaseException) -> tuple[str, str]:
+    """Return two lines of the user's code on the way to ``error``: of the innermost ``forward``, and where it came up; empty if there is none.
+
+    A graph knows the former alone (:func:`location`): functions that ``forward`` calls leave no trace in it.
+    """
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in _FOREIGN)]
+    forwards = [frame for frame in own if frame.name == "forward"]
+    return _written(forwards), _written(own)
+
+
+def _written(frames: Sequence[traceback.FrameSummary]) -> str:
     if not frames:
         return ""
     last = frames[-1]

@@ -44,7 +44,8 @@ class Site:
     @property
     def place(self) -> str:
         """The line that calls the operation; the module where no line of the user's does."""
-        return f"{self.where} `{self.code}`" if self.where else f"module {self.owner!r}"
+        module = f"module {self.owner!r}" if self.owner else "the model itself"
+        return f"{self.where} `{self.code}`" if self.where else module
 
     @property
     def module(self) -> nn.Module:
