@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.errors import ModelError
 from lightning_prune.structure.calls import Call
 from lightning_prune.structure.groups import Structure
 from lightning_prune.structure.removal import removal_steps
@@ -249,7 +250,7 @@ def _cells(structure: Structure) -> list[np.ndarray]:
 
 
 def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: np.ndarray) -> _Failure | None:
-    trial = copy.deepcopy(model).eval()
+    trial = _copied(model).eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             _shake(trial)
@@ -272,11 +273,34 @@ def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: 
     return None
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy.
+
+    Raises:
+        ModelError: If a module keeps a tensor that is computed, which torch does not copy.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        computed = [
+            f"{name!r} holds {key!r}"
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        if not computed:
+            raise
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {', '.join(computed)}, tensors that are computed and carry gradients. Detach them; "
+            "torch.nn.utils.weight_norm is undone by remove_weight_norm, and torch.nn.utils.parametrizations.weight_norm can be copied."
+        ) from error
+
+
 def _shapes_in_training(model: nn.Module, calls: Sequence[Call]) -> list[torch.Size] | None:
     """Return the shapes of what ``model`` returns in train mode, where its own code looks at the mode; None if it does not, or does not run."""
     if not reads_training(model):
         return None
-    twin = copy.deepcopy(model).train()
+    twin = _copied(model).train()
     try:
         return [t.shape for call in calls for t in _tensors(call.run(twin))]
     except _FOREIGN as error:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from lightning_prune.errors import ModelError
 from lightning_prune.structure.calls import as_calls
@@ -139,6 +140,33 @@ def test_what_goes_through_vmap_stays():
     structure = structure_of(model, TOKENS)
     assert "which is not known" in structure.reasons["a.weight", 0]
     cut_at_random(model, structure, TOKENS)
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_a_parametrization_that_keeps_channels_is_named_with_the_remedy(name):
+    norm = getattr(parametrizations, name)
+    remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') makes it a plain parameter"
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), norm(nn.Conv2d(4, 4, 1)), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    reason = "; ".join(structure_of(model, IMAGE).reasons.values())
+    assert "the weight of '2' is computed as a whole by a parametrization" in reason
+    assert name.replace("_", "") in reason.lower()
+    assert remedy in reason
+    nn.utils.parametrize.remove_parametrizations(model[2], "weight")
+    assert structure_of(model, IMAGE).count == 8
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_model_that_cannot_be_copied_is_an_error_that_names_the_layer_and_the_remedy():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    with pytest.raises(ModelError, match=r"Sequential cannot be copied.*'0' holds.*'weight'.*remove_weight_norm"):
+        structure_of(model, TOKENS)
+
+
+def test_a_parametrization_that_is_not_in_the_way_is_not_named():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.LayerNorm(4), nn.Linear(4, 2))
+    reasons = structure_of(model, TOKENS).reasons
+    assert "layer_norm (module '1') normalizes over it" in reasons.values()
+    assert "parametrization" not in reasons["1.weight", 0]
 
 
 class Cut(nn.Module):

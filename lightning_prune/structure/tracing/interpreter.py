@@ -139,15 +139,20 @@ class Interpreter:
         if not isinstance(target, torch._ops.OpOverload):
             return self._not_followed(node, args)  # Python scalars: sym_size and the like; the steps of vmap
         where, code = location(node)
+        prefix = self.program.call.module
+        computing = tuple(
+            owner(n, prefix, self.modules) for n in (node, *node.all_input_nodes) if n.op != "placeholder"
+        )
         site = Site(
             self.labels,
             node,
             target,
-            owner(node, self.program.call.module, self.modules),
+            computing[0],
             where,
             code,
             self.model,
             self.program.training,
+            computing,
         )
         name = target._schema.name.removeprefix("aten::")
         in_place = name.endswith("_") and not name.endswith("__")

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from lightning_prune.structure.tracing.labels import Absorbed, Labels, Size, Term
 from lightning_prune.structure.tracing.values import Field, Value, core
 
+_PARAMETRIZED = ".parametrizations."  # in the names of modules that compute a tensor of the layer before it
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -25,6 +27,7 @@ class Site:
         code: The line.
         model: The model.
         training: Whether the graph is of train mode.
+        computing: Names of the modules whose code runs it and makes its operands, the innermost ones; its own first.
     """
 
     labels: Labels
@@ -35,6 +38,7 @@ class Site:
     code: str
     model: nn.Module
     training: bool
+    computing: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -68,8 +72,25 @@ class Site:
         return example
 
     def freeze(self, field: Field, reason: str) -> None:
-        """Let the labels of a field never leave."""
-        self.labels.freeze(field.labels, reason)
+        """Let the labels of a field never leave; a parametrization that is in the way is named with the remedy."""
+        remedies = list(filter(None, map(self._remedy, self.computing)))
+        if remedies and _PARAMETRIZED in f".{self.owner}":
+            reason = remedies[0]
+        self.labels.freeze(field.labels, "; ".join(dict.fromkeys([reason, *remedies])))
+
+    def _remedy(self, owner: str) -> str:
+        """Return how a tensor is computed, and how that ends, if ``owner`` is part of a parametrization."""
+        layer, inside, rest = f".{owner}".partition(_PARAMETRIZED)
+        if not inside:
+            return ""
+        layer, tensor = layer.strip("."), rest.split(".")[0]
+        kinds = self.model.get_submodule(f"{layer}.parametrizations.{tensor}".strip("."))
+        named = ", ".join(type(kind).__name__.strip("_") for kind in kinds.children())
+        whole = f"the {tensor} of " + (repr(layer) if layer else "the model itself")
+        return (
+            f"{whole} is computed as a whole by a parametrization ({named}): "
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r}) makes it a plain parameter"
+        )
 
     def freeze_all(self, value: Value | None, reason: str) -> None:
         """Let no label of a value leave."""
