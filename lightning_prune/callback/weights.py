@@ -128,9 +128,7 @@ class WeightRemoval:
     def fits(self, found: Weights, model: nn.Module) -> bool:
         """Tell whether the model still holds the weights, in their shapes."""
         parameters = dict(model.named_parameters())
-        return all(
-            parameters.get(key) is p and p.shape == found.kept[key].shape for key, p in found.tensors.items()
-        )
+        return all(parameters.get(key) is p and p.shape == found.kept[key].shape for key, p in found.tensors.items())
 
     def check(self, task: Task, found: Weights) -> None:
         """Raise if the target cannot be met.
@@ -311,7 +309,7 @@ def weight_removal(method: _Options, choose: ChooseWeights, sparsity: object) ->
     for bound in ("flops", "params"):
         if getattr(method, bound, None) is not None:
             raise OptionError(
-                f"{name}({bound}={getattr(method, bound)!r}): single weights leave by sparsity. Give sparsity=, or structured=True to remove channels."
+                f"{name}({bound}={getattr(method, bound)!r}): single weights leave by sparsity. Give sparsity=; or structured=True for channels."
             )
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise OptionError(f"{name}(sparsity={sparsity!r}): give a number in [0, 1), the share of weights that leave.")

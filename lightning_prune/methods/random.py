@@ -142,14 +142,17 @@ class Random(Masking):
     def _check_densities(self, densities: object) -> None:
         shares = isinstance(densities, Mapping) and bool(densities)
         right = shares and all(
-            isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s <= 1 for s in densities.values()  # type: ignore[attr-defined]
+            isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s <= 1
+            for s in densities.values()  # type: ignore[attr-defined]
         )
         if not right and not isinstance(densities, str):
             raise OptionError(
-                f"Random(densities={densities!r}): give shares in [0, 1] by name or glob of a layer, e.g. {{'conv1': 0.3}}, or the path of a checkpoint."
+                f"Random(densities={densities!r}): give shares in [0, 1] by name or glob of a layer, {{'conv1': 0.3}}, or the path of a checkpoint."
             )
         if self.structured or self.scope != "global":
-            raise OptionError("Random(densities=...): they say themselves where single weights leave; drop structured= and scope=.")
+            raise OptionError(
+                "Random(densities=...): they say themselves where single weights leave; drop structured= and scope=."
+            )
 
     def choose_weights(
         self, task: Task, weights: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor], count: int

@@ -56,7 +56,9 @@ def bury(model: nn.Module, calls: Sequence[Call], masks: Mapping[str, Tensor]) -
         return steps
     groups = [dead & np.isin(np.arange(structure.count), group.units) for group in structure.groups]
     alone = (_leaving(structure, part) for part in groups if part.any())
-    safe = [d for d in alone if _changes_nothing(model, calls, structure, d & read, _steps(model, structure, d, constants))]
+    safe = [
+        d for d in alone if _changes_nothing(model, calls, structure, d & read, _steps(model, structure, d, constants))
+    ]
     dead = _leaving(structure, np.any(safe, axis=0)) if safe else np.zeros(structure.count, bool)
     steps = _steps(model, structure, dead, constants)
     return steps if dead.any() and _changes_nothing(model, calls, structure, dead & read, steps) else ()
@@ -87,7 +89,10 @@ def dead_units(structure: Structure, masks: Mapping[str, Flags]) -> tuple[Flags,
                 units = slot.units.reshape(-1)
                 alive[side][units[flat & (units >= 0)]] = True
                 has[side][units[units >= 0]] = True
-        now = unwritten | (has["written"] & ~alive["written"] & ~unread), unread | (has["read"] & ~alive["read"] & ~unwritten)
+        now = (
+            unwritten | (has["written"] & ~alive["written"] & ~unread),
+            unread | (has["read"] & ~alive["read"] & ~unwritten),
+        )
         if (now[0] == unwritten).all() and (now[1] == unread).all():
             return unwritten, unread
         unwritten, unread = now
@@ -254,7 +259,9 @@ def _changes_nothing(
         before = {name: p.data for name, p in model.named_parameters()}
         generator = torch.Generator().manual_seed(0)
         for name, slots in structure.by_tensor.items():
-            if name not in before or not any(slot.zeroed and unread[slot.units[slot.units >= 0]].any() for slot in slots):
+            if name not in before or not any(
+                slot.zeroed and unread[slot.units[slot.units >= 0]].any() for slot in slots
+            ):
                 continue
             values = before[name].clone()
             for slot in slots:

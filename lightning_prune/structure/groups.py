@@ -21,6 +21,9 @@ from lightning_prune.structure.tracing.labels import Absorbed, Labels, Size
 from lightning_prune.structure.tracing.program import Program
 
 
+_CONSTANT = "no weight writes it that could be held at zero, a buffer of the model does"
+
+
 @dataclasses.dataclass(frozen=True)
 class Slot:
     """Where units lie on a tensor.
@@ -249,7 +252,11 @@ def _structure(
     half = [block[block >= 0] for tie in ties if (np.concatenate(tie) < 0).any() for block in tie]
     if half:
         found = found.without(np.concatenate(half), "equally many of some that cannot leave must leave")
-    return found
+    unwritten = np.ones(found.count, bool)
+    for slot in found.slots:
+        if slot.zeroed:
+            unwritten[slot.units[slot.units >= 0]] = False
+    return found.without(np.flatnonzero(unwritten), _CONSTANT) if unwritten.any() else found
 
 
 def _groups(count: int, slots: Sequence[Slot]) -> tuple[Group, ...]:

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,46 @@ class _Failure:
     line: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """A model on trial.
+
+    Attributes:
+        model: A copy of the model in eval mode, its weights moved a little.
+        calls: The calls that stand for it.
+        shapes_in_training: The shapes of what it returns in train mode, where its own code looks at the mode; None if it does not, or does not run.
+        small: Whether trials cost next to nothing.
+    """
+
+    model: nn.Module
+    calls: Sequence[Call]
+    shapes_in_training: list[torch.Size] | None
+    small: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, calls: Sequence[Call]) -> "_Subject":
+        """Copy the model and prepare the copy."""
+        subject = cls(_copied(model).eval(), calls, None, sum(p.numel() for p in model.parameters()) < _SMALL)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            _shake(subject.model)
+            if not reads_training(model):
+                return subject
+            try:
+                shapes = [t.shape for t in subject.outputs(subject.copy().train())]
+            except _FOREIGN as error:
+                log.debug("Sizes are not tried in train mode, in which the model fails: %s", error)
+                return subject
+        return dataclasses.replace(subject, shapes_in_training=shapes)
+
+    def copy(self) -> nn.Module:
+        """Return a copy to take steps on. It shares the storages of its parameters, which steps swap and never write to."""
+        return _copied(self.model, [p for p in self.model.parameters() if type(p) is nn.Parameter])
+
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        """Return the tensors that a copy returns."""
+        return [t for call in self.calls for t in _tensors(call.run(model))]
+
+
 def try_sizes(model: nn.Module, calls: Sequence[Call], structure: Structure) -> Structure:
     """Find out which sizes in the user's code follow when units leave.
 
@@ -61,24 +102,22 @@ def try_sizes(model: nn.Module, calls: Sequence[Call], structure: Structure) -> 
     small = sum(p.numel() for p in model.parameters()) < _SMALL
     if not structure.count or not (families or structure.written or small):
         return structure
-    everything = np.arange(structure.count)
+    everything, subject = np.arange(structure.count), _Subject.of(model, calls)
     for reach in range(len(_REACHES)):
-        followed = _with_attributes(model, structure, structure.sizes, reach)
-        if followed is not None and _failure(model, calls, followed, everything) is None:
+        followed = _with_attributes(subject, structure, structure.sizes, reach)
+        if followed is not None and _failure(subject, followed, everything) is None:
             return followed
-    result = _by_family(model, calls, structure, families)
-    if _failure(model, calls, result, np.arange(result.count)) is None:
+    result = _by_family(subject, structure, families)
+    if _failure(subject, result, np.arange(result.count)) is None:
         return result
-    return _by_group(model, calls, result)
+    return _by_group(subject, result)
 
 
-def _by_family(
-    model: nn.Module, calls: Sequence[Call], structure: Structure, families: Sequence[Sequence[Size]]
-) -> Structure:
+def _by_family(subject: _Subject, structure: Structure, families: Sequence[Sequence[Size]]) -> Structure:
     """Try the units behind lines of code that write sizes alone; refuse those of which none can leave."""
     followed, refused = list(structure.sizes), []
     for sizes in families:
-        found = _alone(model, calls, structure, sizes)
+        found = _alone(subject, structure, sizes)
         if isinstance(found, _Failure):
             refused.append((sizes, found))
         else:
@@ -89,25 +128,36 @@ def _by_family(
     return result
 
 
-def _by_group(model: nn.Module, calls: Sequence[Call], structure: Structure) -> Structure:
-    """Admit groups as long as real Python follows: code may compute one size from the shape of another tensor."""
+def _by_group(subject: _Subject, structure: Structure) -> Structure:
+    """Admit groups as long as real Python follows: code may compute one size from the shape of another tensor.
+
+    Layers of one name but for its numbers are tried together; where the first and the last of them fail alone at the line at which all fail
+    together, none is admitted.
+    """
     admitted: list[np.ndarray] = []
     refused: list[tuple[np.ndarray, str]] = []
 
+    def failure(units: Sequence[np.ndarray]) -> _Failure | None:
+        return _failure(subject, structure, np.concatenate([*admitted, *units]))
+
     def admit(units: Sequence[np.ndarray]) -> None:
-        failure = _failure(model, calls, structure, np.concatenate([*admitted, *units]))
-        if failure is None:
+        together = failure(units)
+        if together is None:
             admitted.extend(units)
-        elif len(units) == 1:
-            refused.append((units[0], failure.reason))
+        elif len(units) == 1 or (len(units) > 2 and failure(units[:1]) == failure(units[-1:]) == together):
+            refused.extend((own, together.reason) for own in units)
         else:
             admit(units[: len(units) // 2])
             admit(units[len(units) // 2 :])
 
-    admit([group.units for group in structure.groups])
+    alike: dict[str, list[np.ndarray]] = {}
+    for group in structure.groups:
+        alike.setdefault(re.sub(r"\d+", "#", group.name), []).append(group.units)
+    for units in alike.values():
+        admit(units)
     result, kept = structure, np.arange(structure.count)
-    for units, reason in refused:
-        now = np.flatnonzero(np.isin(kept, units))
+    for own, reason in refused:
+        now = np.flatnonzero(np.isin(kept, own))
         result, gone = result.without_units(now, f"{reason} when its size changes")
         kept = kept[~gone]
     return result
@@ -147,9 +197,7 @@ def _families(structure: Structure) -> list[list[Size]]:
     return [sizes for _, sizes in families]
 
 
-def _alone(
-    model: nn.Module, calls: Sequence[Call], structure: Structure, sizes: Sequence[Size]
-) -> tuple[Size, ...] | _Failure:
+def _alone(subject: _Subject, structure: Structure, sizes: Sequence[Size]) -> tuple[Size, ...] | _Failure:
     """Try the units behind some sizes alone; return the attributes that follow, or how it fails without any if the sizes are fixed."""
     units = np.unique(np.concatenate([size.labels.reshape(-1) for size in sizes]))
     units = units[units >= 0]
@@ -158,15 +206,15 @@ def _alone(
     related = [s for s in structure.sizes if touched[s.labels].any()]
     failures = []
     for reach in range(len(_REACHES)):
-        found = _with_attributes(model, structure, related, reach)
-        failure = None if found is None else _failure(model, calls, found, units)
+        found = _with_attributes(subject, structure, related, reach)
+        failure = None if found is None else _failure(subject, found, units)
         if found is not None and failure is None:
             return found.sizes[len(structure.sizes) :]
         failures += [failure] if failure is not None else []
     return failures[0]
 
 
-def _with_attributes(model: nn.Module, structure: Structure, sizes: Sequence[Size], reach: int) -> Structure | None:
+def _with_attributes(subject: _Subject, structure: Structure, sizes: Sequence[Size], reach: int) -> Structure | None:
     """Let attributes of the modules concerned follow sizes: those that hold the very number; None if there are none in reach."""
     if reach == 0:
         return structure
@@ -174,12 +222,12 @@ def _with_attributes(model: nn.Module, structure: Structure, sizes: Sequence[Siz
     for size in sizes:
         if _fixes(size):
             for name in _modules_in_reach(size.module, reach):
-                module = model.get_submodule(name)
+                module = subject.model.get_submodule(name)
                 added += [dataclasses.replace(size, module=name, attribute=a) for a in _numbers(module, size.before)]
     for _, own in itertools.groupby(sizes, key=lambda s: s.node):
         parts = list(own)
         for name in _modules_in_reach(parts[0].module, reach):
-            for attribute in _lists(model.get_submodule(name), [size.before for size in parts]):
+            for attribute in _lists(subject.model.get_submodule(name), [size.before for size in parts]):
                 added += [
                     dataclasses.replace(s, module=name, attribute=attribute, index=i) for i, s in enumerate(parts)
                 ]
@@ -203,13 +251,12 @@ def _lists(module: nn.Module, numbers: Sequence[int]) -> list[str]:
     ]
 
 
-def _failure(model: nn.Module, calls: Sequence[Call], structure: Structure, units: np.ndarray) -> _Failure | None:
+def _failure(subject: _Subject, structure: Structure, units: np.ndarray) -> _Failure | None:
     """Return how real Python fails to compute what the masked model does when some of ``units`` have left; None if it does not."""
     if not len(units):
         return None
-    small = sum(p.numel() for p in model.parameters()) < _SMALL
-    for kept in _draws(structure, units, small):
-        failure = None if kept.all() else _trial(model, calls, structure, kept)
+    for kept in _draws(structure, units, subject.small):
+        failure = None if kept.all() else _trial(subject, structure, kept)
         if failure is not None:
             return failure
     return None
@@ -249,22 +296,21 @@ def _cells(structure: Structure) -> list[np.ndarray]:
     return [np.flatnonzero(cell_of == cell) for cell in range(cell_of.max() + 1)]
 
 
-def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: np.ndarray) -> _Failure | None:
-    trial = _copied(model).eval()
+def _trial(subject: _Subject, structure: Structure, kept: np.ndarray) -> _Failure | None:
+    trial = subject.copy()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            _shake(trial)
             steps = removal_steps(trial, structure, kept)
             for step in steps:
                 step.emulate(trial)
-            expected = [t.clone() for call in calls for t in _tensors(call.run(trial))]
-            shapes = _shapes_in_training(trial, calls)
+            expected = [t.clone() for t in subject.outputs(trial)]
             for step in steps:
                 step.apply(trial)
-            found = [t for call in calls for t in _tensors(call.run(trial))]
+            found = subject.outputs(trial)
             if len(expected) != len(found) or not all(map(_close, expected, found)):
                 return _Failure("the code computes something else, without an error,")
-            if shapes is not None and shapes != [t.shape for call in calls for t in _tensors(call.run(trial.train()))]:
+            shapes = subject.shapes_in_training
+            if shapes is not None and shapes != [t.shape for t in subject.outputs(trial.train())]:
                 return _Failure("the code in train mode returns other shapes")
     except _FOREIGN as error:
         forward, line = lines_of(error)
@@ -273,14 +319,14 @@ def _trial(model: nn.Module, calls: Sequence[Call], structure: Structure, kept: 
     return None
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """Return a copy.
+def _copied(model: nn.Module, shared: Sequence[nn.Parameter] = ()) -> nn.Module:
+    """Return a copy; the storages of ``shared`` parameters stand behind both.
 
     Raises:
         ModelError: If a module keeps a tensor that is computed, which torch does not copy.
     """
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(p): nn.Parameter(p.data, p.requires_grad) for p in shared})
     except RuntimeError as error:
         computed = [
             f"{name!r} holds {key!r}"
@@ -294,18 +340,6 @@ def _copied(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied: {', '.join(computed)}, tensors that are computed and carry gradients. Detach them; "
             "torch.nn.utils.weight_norm is undone by remove_weight_norm, and torch.nn.utils.parametrizations.weight_norm can be copied."
         ) from error
-
-
-def _shapes_in_training(model: nn.Module, calls: Sequence[Call]) -> list[torch.Size] | None:
-    """Return the shapes of what ``model`` returns in train mode, where its own code looks at the mode; None if it does not, or does not run."""
-    if not reads_training(model):
-        return None
-    twin = _copied(model).train()
-    try:
-        return [t.shape for call in calls for t in _tensors(call.run(twin))]
-    except _FOREIGN as error:
-        log.debug("Sizes are not tried in train mode, in which the masked model fails: %s", error)
-        return None
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:

@@ -163,7 +163,9 @@ def test_excluding_one_of_two_layers_with_a_tied_weight_holds_both():
         def forward(self, x):
             return self.d(torch.relu(self.c(self.a(x) + self.b(x))))
 
-    everything = rows(compress(Tied(), Magnitude(structured=True, sparsity=0.4, align=1, scope="uniform"), torch.zeros(2, 8))[1])
+    everything = rows(
+        compress(Tied(), Magnitude(structured=True, sparsity=0.4, align=1, scope="uniform"), torch.zeros(2, 8))[1]
+    )
     assert everything.keys() == {"a", "c"}
     _, plan = compress(Tied(), Magnitude(structured=True, sparsity=0.4, align=1, exclude="b"), torch.zeros(2, 8))
     assert rows(plan).keys() == {"c"}
@@ -218,7 +220,9 @@ def test_a_sparsity_of_a_second_stage_counts_the_channels_of_the_dense_model(bet
     assert sum(widths(small)) == 64
     if between:  # a factorized layer still counts the channels that it has lost before
         small, _ = compress(small, LowRank(rank=4, align=1, include="1.0"), x)
-    twice, _ = compress(small, Random(structured=True, sparsity=0.5, align=1, exclude="*.first" if between else None), x)
+    twice, _ = compress(
+        small, Random(structured=True, sparsity=0.5, align=1, exclude="*.first" if between else None), x
+    )
     left = [twice[0][0].out_features, twice[1][0].second.out_features if between else twice[1][0].out_features]
     assert sum(left) == sum(widths(once)) == 40
 

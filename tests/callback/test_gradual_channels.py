@@ -95,7 +95,12 @@ def test_a_gradual_run_ends_as_close_to_the_bound_as_one_at_the_start(method, na
 )
 def test_steps_fall_where_start_until_and_every_n_epochs_say(options, epochs, expected, tmp_path):
     watch = Watch()
-    fit(LitNet(), [Magnitude(structured=True, sparsity=0.5, align=1, schedule="linear", **options), watch], tmp_path, max_epochs=epochs)
+    fit(
+        LitNet(),
+        [Magnitude(structured=True, sparsity=0.5, align=1, schedule="linear", **options), watch],
+        tmp_path,
+        max_epochs=epochs,
+    )
     assert [width(kept) for kept in watch.epochs[1::2]] == expected
 
 
@@ -197,7 +202,10 @@ def test_the_log_tells_what_is_masked_and_what_the_budget_counts(target, tmp_pat
 
 @pytest.mark.parametrize("how", ["max_epochs", "early stopping", "max_steps"])
 def test_a_fit_that_ends_early_shrinks_by_what_is_masked_and_warns_with_both_figures(how, tmp_path, caplog):
-    watch, method = Watch(), Magnitude(structured=True, flops=0.3, align=1, until_epoch=8, every_n_epochs=2, schedule="linear")
+    watch, method = (
+        Watch(),
+        Magnitude(structured=True, flops=0.3, align=1, until_epoch=8, every_n_epochs=2, schedule="linear"),
+    )
     options = {
         "max_epochs": {"max_epochs": 3},
         "early stopping": {"max_epochs": 9},
@@ -257,10 +265,14 @@ def test_the_best_checkpoint_of_a_gradual_fit_is_dense_again_and_the_last_one_co
 
 def test_a_finished_gradual_run_resumes_as_a_no_op_and_another_bound_goes_on_from_there(tmp_path):
     model = LitNet()
-    fit(model, [Magnitude(structured=True, flops=0.6, align=1, until_epoch=2)], tmp_path).save_checkpoint(tmp_path / "small.ckpt")
+    fit(model, [Magnitude(structured=True, flops=0.6, align=1, until_epoch=2)], tmp_path).save_checkpoint(
+        tmp_path / "small.ckpt"
+    )
     same, further = LitNet(), LitNet()
     for other, bound in ((same, 0.6), (further, 0.3)):
-        run = trainer(tmp_path, callbacks=[Magnitude(structured=True, flops=bound, align=1, until_epoch=4)], max_epochs=5)
+        run = trainer(
+            tmp_path, callbacks=[Magnitude(structured=True, flops=bound, align=1, until_epoch=4)], max_epochs=5
+        )
         run.fit(other, loader(), ckpt_path=tmp_path / "small.ckpt")
     dense = count_flops(LitNet(), X).total
     assert plan_of(same).steps == plan_of(model).steps
@@ -272,7 +284,9 @@ def test_a_dense_checkpoint_from_after_the_schedule_is_masked_at_once(tmp_path):
     run.fit(LitNet(), loader())
     run.save_checkpoint(tmp_path / "dense.ckpt")
     model, watch = LitNet(), Watch()
-    later = trainer(tmp_path, callbacks=[Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=3), watch], max_epochs=6)
+    later = trainer(
+        tmp_path, callbacks=[Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=3), watch], max_epochs=6
+    )
     later.fit(model, loader(), ckpt_path=tmp_path / "dense.ckpt")
     assert [width(kept) for kept in watch.epochs] == [36] * 4
 
@@ -358,7 +372,10 @@ def test_two_stages_replay_from_one_checkpoint_bit_for_bit(case, tmp_path):
 def test_after_an_averaged_gradual_fit_masked_channels_leave_with_the_average(tmp_path):
     model = LitNet(norm=False)
     run = fit(
-        model, [Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=2), EMAWeightAveraging(decay=0.5)], tmp_path, max_epochs=3
+        model,
+        [Magnitude(structured=True, sparsity=0.5, align=1, until_epoch=2), EMAWeightAveraging(decay=0.5)],
+        tmp_path,
+        max_epochs=3,
     )
     assert sum(model.net[layer].weight.shape[0] for layer in LAYERS) == 36
     run.save_checkpoint(tmp_path / "small.ckpt")
@@ -404,7 +421,14 @@ def test_the_masked_model_of_the_fit_is_the_one_that_the_plan_stands_for(tmp_pat
 
 def test_two_callbacks_may_not_take_the_same_layer(tmp_path):
     with pytest.raises(TrainerError, match=r"Random and Magnitude would both compress layer 'net\.8'"):
-        fit(LitNet(), [Magnitude(structured=True, flops=0.8, include="net.8"), Random(structured=True, flops=0.8, exclude="net.3")], tmp_path)
+        fit(
+            LitNet(),
+            [
+                Magnitude(structured=True, flops=0.8, include="net.8"),
+                Random(structured=True, flops=0.8, exclude="net.3"),
+            ],
+            tmp_path,
+        )
 
 
 def test_the_state_of_a_run_that_has_ended_holds_no_masks(tmp_path):

@@ -149,7 +149,9 @@ def test_normalized_scores_do_not_depend_on_the_scale_of_a_group_and_plain_ones_
         with torch.no_grad():
             model[0].weight.mul_(scale)  # of the first group alone
             model[2].weight.zero_()  # shared by both
-        plan = compress(model, Magnitude(structured=True, sparsity=0.5, align=1, normalize=normalize), torch.randn(2, 8))[1]
+        plan = compress(
+            model, Magnitude(structured=True, sparsity=0.5, align=1, normalize=normalize), torch.randn(2, 8)
+        )[1]
         return [step.tensors["weight"].to_dict() for step in plan.steps if isinstance(step, KeepChannels)]
 
     assert share(1.0, "mean") == share(1e-3, "mean")
@@ -169,7 +171,9 @@ def test_planted_zero_channels_leave_first_and_the_outputs_stay(norm, normalize)
         for tensor in (model.first.weight, model.first.bias, model.norm.weight, model.norm.bias):
             tensor[none] = 0
     sparsity = 5 / 16  # channels that layers write: 6 and 6 for the residual, 4; of these 2, 2 and 1 are dead
-    small, plan = compress(model, Magnitude(structured=True, norm=norm, normalize=normalize, sparsity=sparsity, align=1), x)
+    small, plan = compress(
+        model, Magnitude(structured=True, norm=norm, normalize=normalize, sparsity=sparsity, align=1), x
+    )
     assert kept(plan, "stem") == kept(plan, "second") == [0, 2, 3, 5]
     assert kept(plan, "first") == [0, 1, 3]
     torch.testing.assert_close(small(x), model(x), rtol=TOLERANCE, atol=TOLERANCE)
@@ -201,7 +205,9 @@ def test_options_out_of_range_are_refused_at_once(options, message):
 
 def test_shares_by_glob_shrink_the_groups_they_name_and_no_others():
     network, example = NETWORKS["resnet18"]()
-    small, _ = compress(network, Magnitude(structured=True, sparsity={"layer1.*": 0.5, "layer2.0.conv1": 0.25}, align=1), example)
+    small, _ = compress(
+        network, Magnitude(structured=True, sparsity={"layer1.*": 0.5, "layer2.0.conv1": 0.25}, align=1), example
+    )
     widths = {
         name: (m.out_channels, small.get_submodule(name).out_channels)
         for name, m in network.named_modules()

@@ -19,7 +19,9 @@ def network():
 
 def kept(seed, model=None, **options):
     """Which rows of each layer stay."""
-    plan = compress(model or network(), Random(structured=True, **({"sparsity": 0.4, "align": 1, "seed": seed} | options)), X)[1]
+    plan = compress(
+        model or network(), Random(structured=True, **({"sparsity": 0.4, "align": 1, "seed": seed} | options)), X
+    )[1]
     return {s.module: s.tensors["weight"].kept(0).tolist() for s in plan.steps if 0 in s.tensors["weight"].keep}
 
 

@@ -544,3 +544,23 @@ def test_a_bias_of_two_weights_takes_up_nothing():
     structure = structure_of(model, TOKENS)
     assert "has no bias of its own" in structure.reasons["a.weight", 0]
     cut_at_random(model, structure, TOKENS)
+
+
+class FromATable(nn.Module):
+    """A hidden layer reads a buffer, as networks do that learn a bias from the distances between positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(5, 3))
+        self.hidden, self.out, self.data = nn.Linear(3, 6), nn.Linear(6, 4), nn.Linear(2, 4)
+
+    def forward(self, x):
+        return self.data(x) * self.out(F.relu(self.hidden(self.table))).sum(0)
+
+
+def test_columns_of_a_buffer_stay_and_hidden_units_that_read_it_leave():
+    structure = structure_of(FromATable(), torch.randn(2, 2))
+    units = {(slot.tensor, slot.axis): slot.units for slot in structure.slots}
+    assert (units["hidden.weight", 1] < 0).all()
+    assert "buffer" in structure.reasons["hidden.weight", 1]
+    assert (units["hidden.weight", 0] >= 0).all()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning_prune.export import export_onnx
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree
 
@@ -38,7 +39,7 @@ _LINE = re.compile(r":\d+(?= `)")  # the number of a line of code
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block where the process has worked longer; what others do on the machine does not count."""
+    """Fail the test if the block has worked longer; what others do on the machine does not count."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise TimeoutError(f"not ready after {seconds} s of work")
@@ -47,6 +48,8 @@ def at_most(seconds: float) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
+    except TimeoutError as error:
+        pytest.fail(str(error), pytrace=False)  # stopped anywhere, it may have frames that no report can show
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
@@ -57,9 +60,9 @@ class Remembering(Random):
 
     structure: Structure
 
-    def find_structure(self, task: Task) -> Structure:
-        self.structure = super().find_structure(task)
-        return self.structure
+    def score_units(self, task: Task, structure: Structure, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+        self.structure = structure
+        return super().score_units(task, structure, kept)
 
     def saving(self, plan: Plan) -> int:
         """Return the multiply-adds that the units which leave take with them, as computed from the groups."""

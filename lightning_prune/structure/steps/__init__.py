@@ -12,7 +12,9 @@ from lightning_prune.structure.steps.cut import Cut
 from lightning_prune.structure.steps.factorize import Factorize
 from lightning_prune.structure.steps.mask import MaskWeight, pack_bits, unpack_bits
 
-STEPS: dict[str, type[Step]] = {kind.action: kind for kind in (MaskWeight, AbsorbConstants, Factorize, KeepChannels, OpenHeads)}
+STEPS: dict[str, type[Step]] = {
+    kind.action: kind for kind in (MaskWeight, AbsorbConstants, Factorize, KeepChannels, OpenHeads)
+}
 
 
 def read_step(item: Mapping[str, Any]) -> Step:

@@ -46,7 +46,9 @@ class AbsorbConstants(Step):
         if weight is None or weight.ndim < 2 or bias is None:
             raise PlanError(f"The plan moves constants into the bias of {self.module!r}, which has no weight and bias.")
         if self.constants and max(self.constants) >= weight.shape[1]:
-            raise PlanError(f"The plan knows inputs of {self.module!r} up to {max(self.constants)}; it has {weight.shape[1]}.")
+            raise PlanError(
+                f"The plan knows inputs of {self.module!r} up to {max(self.constants)}; it has {weight.shape[1]}."
+            )
         return module
 
     def build(self, model: nn.Module) -> None:
@@ -84,7 +86,7 @@ class AbsorbConstants(Step):
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Build the step from what :meth:`to_dict` returned."""
-        return cls(fields["module"], {index: value for index, value in fields["constants"]})
+        return cls(fields["module"], dict(fields["constants"]))
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
