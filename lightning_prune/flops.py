@@ -142,8 +142,9 @@ def _run(model: nn.Module, calls: Sequence[Call]) -> dict[str, tuple[tuple[Shape
 
     def watch(name: str) -> Callable[..., None]:
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else kwargs["input"]
-            shapes.setdefault(name, []).append((tuple(given.shape), tuple(output.shape)))
+            given = next((leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+            if given is not None and isinstance(output, Tensor):  # a subclass may take and return anything
+                shapes.setdefault(name, []).append((tuple(given.shape), tuple(output.shape)))
 
         return note
 
@@ -154,6 +155,11 @@ def _run(model: nn.Module, calls: Sequence[Call]) -> dict[str, tuple[tuple[Shape
     ]
     for call in calls:
         _submodule(model, call)
+        leaves = _pytree.tree_leaves((call.args, dict(call.kwargs)))
+        if any(isinstance(leaf, Tensor) and leaf.ndim and not len(leaf) for leaf in leaves):
+            raise ModelError(
+                f"{type(model).__name__}: the example inputs {signature([call])} are a batch of no sample. Give one sample at least."
+            )
     try:
         for call in calls:
             dataclasses.replace(call, args=_copied(call.args), kwargs=_copied(dict(call.kwargs))).run(model)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.flops import FlopCountAnalysis, count_flops
-from lightning_prune.structure.calls import Call, as_calls
+from lightning_prune.structure.calls import Call, as_calls, signature
 from lightning_prune.structure.operators import einsum_multiply_adds
 from tests.networks import NETWORKS, Attention, TwoInputs, conv_bn, resnet18
 from tests.structure.test_preserve import dice, photograph, trained
@@ -523,3 +523,41 @@ def test_nothing_is_logged(caplog):
     model.unused = unused
     assert count_flops(model, torch.zeros(2, 3)).by_module["unused.unused"] == 0
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"input": x}, lambda x: Call("", (x,))])
+def test_an_array_that_is_no_tensor_is_described_by_type_and_shape(wrap):
+    with pytest.raises(ModelError, match=r"'numpy\.ndarray', 'dtype': 'float32', 'shape': \[2, 3\]") as info:
+        count_flops(nn.Linear(3, 4), wrap(torch.rand(2, 3).numpy()))
+    assert len(str(info.value)) < 500  # and none of its values
+
+
+def test_long_lists_of_numbers_are_counted_and_short_ones_shown():
+    described = signature([Call("", ([1, 2], list(range(999)), "x" * 9999))])[0]["args"]
+    assert described[:2] == [["1", "2"], "list of 999 numbers"]
+    assert len(described[2]) <= 200
+
+
+def test_a_batch_of_no_sample_is_an_error_that_says_so():
+    with pytest.raises(ModelError, match=r"\[0, 3\].*a batch of no sample"):
+        count_flops(nn.Linear(3, 4), torch.rand(0, 3))
+    assert count_flops(Does(lambda x, w: torch.cat([x[:, 0], x[:, 1]]) @ w, (3, 4)), torch.rand(2, 2, 3)).total == 48
+
+
+def test_a_linear_layer_that_returns_nothing_is_counted_all_the_same():
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            self.kept = super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Keeps(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            self.a(x)
+            return self.b(self.a.kept)
+
+    count = count_flops(Model(), torch.rand(5, 3))
+    assert count.total == 5 * 3 * 4 + 5 * 4 * 2
+    assert count.shapes == {"b": (((5, 4), (5, 2)),)}

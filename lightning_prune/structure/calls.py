@@ -5,11 +5,14 @@ submodules that it does call stand for the model, one :class:`Call` each.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+_LONGEST, _WIDEST = 4, 200  # numbers of a list and letters of a value that a description shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ def as_calls(example: Any) -> tuple[Call, ...]:
 
 
 def signature(calls: Sequence[Call]) -> list[dict[str, Any]]:
-    """Describe the inputs of ``calls`` in JSON types: module, and per tensor its dtype and shape; other values by ``repr``."""
+    """Describe the inputs of ``calls`` in JSON types: module, and per tensor or array its dtype and shape; other values by ``repr``, cut short."""
     return [
         {"module": call.module, "args": _describe(call.args), "kwargs": _describe(dict(call.kwargs))} for call in calls
     ]
@@ -63,5 +66,10 @@ def _describe(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _describe(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
+        if len(value) > _LONGEST and all(isinstance(item, int | float) for item in value):
+            return f"{type(value).__name__} of {len(value)} numbers"
         return [_describe(item) for item in value]
-    return repr(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # of numpy, jax, ...
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        return {"type": kind, "dtype": str(value.dtype), "shape": list(value.shape)}
+    return textwrap.shorten(repr(value), _WIDEST, placeholder=" ...")

@@ -27,10 +27,13 @@ def select(
         exclude: Patterns of what to leave out; None leaves out nothing.
 
     Raises:
-        OptionError: If a pattern matches nothing; the message suggests names that exist.
+        OptionError: If a pattern matches nothing, the message suggests names that exist; or if nothing is left.
     """
     chosen = set(modules) if include is None else _matches(modules, include, "include")
     dropped = set() if exclude is None else _matches(modules, exclude, "exclude")
+    if modules and not chosen - dropped:
+        asked = f"exclude={exclude!r}" if include is None else f"include={include!r} and exclude={exclude!r}"
+        raise OptionError(f"{asked}: of {len(modules)} layers that could be compressed, none is left. Exclude fewer.")
     return {name: module for name, module in modules.items() if name in chosen - dropped}
 
 
