@@ -120,6 +120,15 @@ class Proof:
             run = self._run(model, "eval")
         if run.error is not None:
             raise run.error
+        if any(entries.values.numel() and not entries.values.isfinite().any() for entries in run.outputs):
+            broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+            where = (
+                f"values of {', '.join(map(repr, broken[:5]))} are not finite" if broken else "its weights are finite"
+            )
+            raise ModelError(
+                f"{type(model).__name__} returns no finite number, so that no self-check can say whether a change is exact: {where}. "
+                "Look for a diverged training, or give other example inputs."
+            )
         self._expected["eval"] = run
         if not self.train:
             return

@@ -347,3 +347,11 @@ def test_deep_copies_of_the_compact_model_are_whole():
     twin = copy.deepcopy(model)
     assert torch.equal(twin(X), model(X))
     assert plan_of(twin) == plan_of(model)
+
+
+def test_a_model_that_returns_nan_alone_is_not_taken_for_proven():
+    model = chain()
+    plan = cut_chain(model, keep(6, 1), keep(5, 2))
+    nn.init.constant_(model[3].bias, float("nan"))
+    with pytest.raises(ModelError, match=r"returns no finite number.*'3\.bias'.*diverged training"):
+        compact(model, plan, as_calls(torch.randn(2, 3, 4, 4, dtype=torch.float64)))
