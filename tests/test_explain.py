@@ -1,5 +1,6 @@
 """Explanations: every layer is told of, in words that fit what a removal really does; a dry run does what ``compress`` does."""
 
+import copy
 import functools
 import inspect
 import io
@@ -331,6 +332,26 @@ def test_a_dry_run_tells_what_compress_does(name, method):
     document = found.to_dict()
     assert json.loads(json.dumps(document))["plan"] == {"digest": plan.digest, "steps": plan.rows()}
     assert f"{found.flops:,} -> {found.flops_after:,}" in str(found)
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "linear"])
+def test_a_dry_run_of_a_gradual_method_tells_the_end_of_its_schedule(schedule):
+    model, example = network("conv_bn")
+    before = copy.deepcopy(model.state_dict())
+    gradual = Magnitude(flops=0.5, align=1, start_epoch=1, until_epoch=4, schedule=schedule)
+    found, at_once = explain(model, example, gradual), explain(model, example, Magnitude(flops=0.5, align=1))
+    assert found.plan.steps == at_once.plan.steps
+    assert (found.flops_after, found.params_after) == (at_once.flops_after, at_once.params_after)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(OptionError, match="acts while a model trains"):
+        compress(model, gradual, example)  # what has not been trained for is not made
+
+
+def test_a_dry_run_of_a_method_that_trains_to_low_rank_factorizes_the_weights_as_they_are():
+    model, example = network("conv_bn")
+    found = explain(model, example, TRP(flops=0.6, align=1))
+    assert found.flops_after <= 0.6 * found.flops
+    assert {step.action for step in found.plan.steps} == {"factorize"}
 
 
 def test_flops_after_are_those_of_the_layers_of_the_smaller_model():

@@ -49,6 +49,32 @@ def compress(
         raise OptionError(
             f"{type(method).__name__} acts while a model trains. Put it into Trainer(callbacks=[...]) and fit."
         )
+    return end_of(model, method, example_inputs, data, loss)
+
+
+def end_of(
+    model: M,
+    method: Compression,
+    example_inputs: Any,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> tuple[M, Plan]:
+    """Return what a method makes of a model in the end, judged by the weights as they are: of a gradual one, the end of its schedule.
+
+    Args:
+        model: Any module; left as it is.
+        method: Any method.
+        example_inputs: As for :func:`compress`.
+        data: Likewise.
+        loss: Likewise.
+
+    Returns:
+        The smaller model and its plan, earlier stages included.
+
+    Raises:
+        ModelError: If the model cannot be run, or nothing would change.
+        BudgetError: If the budget cannot be met.
+    """
     task = Task.of(model, Probe.of_data(model, data, loss), as_calls(example_inputs))
     method.claim(model)
     done = method.met(task) is not None

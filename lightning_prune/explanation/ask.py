@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.callback import Compression, compress
+from lightning_prune.callback import Compression
 from lightning_prune.callback.checks import check_model
+from lightning_prune.callback.one_shot import end_of
 from lightning_prune.errors import OptionError
 from lightning_prune.explanation.answer import Explanation
 from lightning_prune.explanation.members import layers_of, own_flops, own_params
@@ -37,7 +38,8 @@ def explain(
         model: Any module, dense or carrying a plan.
         example: A tensor, a tuple of arguments, a dict of keyword arguments, or one or several :class:`Call` of submodules; on the device
             of the model. None takes its ``example_input_array``.
-        method: A method with its budget, such as ``LowRank(flops=0.5)``: the dry run, what :func:`lightning_prune.compress` would do.
+        method: A method with its budget, such as ``LowRank(flops=0.5)``: the dry run, what :func:`lightning_prune.compress` would do. Of a
+            method that acts while a model trains, the end of its schedule, judged by the weights as they are.
         data: Batches, for methods that need data.
         loss: ``loss(model, batch)``, a scalar, for methods that need one.
 
@@ -46,13 +48,19 @@ def explain(
 
     Raises:
         ModelError: If the model cannot be run or traced, has no example, or the method could change nothing.
-        OptionError: If ``method`` is none, lives from training, or a pattern of it matches no layer.
+        OptionError: If ``method`` is none, lives from training and has no bound, or a pattern of it matches no layer.
         BudgetError: If its budget cannot be met.
     """
     check_model(model)
     if method is not None and not isinstance(method, Compression):
         raise OptionError(
             f"explain: method={method!r}. Give a method with its budget, such as LowRank(flops=0.5), or None."
+        )
+    bounds = [getattr(method, name, None) for name in ("flops", "params", "sparsity")]
+    if method is not None and method.gradual and bounds == [None] * 3:
+        raise OptionError(
+            f"explain: {type(method).__name__} acts while a model trains, and without flops, params or sparsity nothing but the training says "
+            "how far. Give one of them, or explain the model after the fit."
         )
     probe = Probe.of_data(model, data, loss)
     calls = probe.example_calls() if example is None else as_calls(example)
@@ -76,7 +84,7 @@ def _dry_run(
     loss: Callable[[nn.Module, Any], Tensor] | None,
 ) -> Explanation:
     """Compress a copy, count it, and enter what became of every layer."""
-    small, whole = compress(model, method, calls, data, loss)
+    small, whole = end_of(model, method, calls, data, loss)
     before = plan_of(model)
     done = whole == before
     steps = () if done else tuple(step for step in whole.steps if step not in before.steps)
