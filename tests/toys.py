@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -57,3 +58,18 @@ def make(name: str, **options: Any) -> Compression:
     if "flops" not in known and "sparsity" in known:
         usual["sparsity"] = 0.5
     return kind(**(usual | options))  # type: ignore[no-any-return]
+
+
+def _kinds() -> list[Any]:
+    """Return all names; those after the first of a kind, the same base and the same way to run, are left to the exhaustive run."""
+    found, known = [], set()
+    for name in NAMES:
+        method = make(name)
+        bases = type(method).__mro__
+        kind = (bases[bases.index(Compression) - 1], method.gradual)
+        found.append(pytest.param(name, marks=[pytest.mark.exhaustive] if kind in known else []))
+        known.add(kind)
+    return found
+
+
+KINDS = _kinds()  # for promises that the base of a method keeps, whatever it scores by

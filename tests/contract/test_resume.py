@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import NAMES
+from toys import KINDS, NAMES, make
 
 EPOCHS = 4
 SETTINGS = {
@@ -63,8 +63,16 @@ def check(run_jobs, folder: Path, method: str, setting: dict, kills: list[int], 
         assert metrics(folder / f"{k}") == metrics(folder / "through")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("method", NAMES)
+def cases():
+    """Return every kind of method with Adam, those that act while the model trains in every setting; the rest is left to the exhaustive run."""
+    for kind in KINDS:
+        (method,) = kind.values
+        for setting in SETTINGS:
+            rare = setting != "Adam" and not make(method).gradual
+            yield pytest.param(method, setting, marks=[*kind.marks, *([pytest.mark.exhaustive] if rare else [])])
+
+
+@pytest.mark.parametrize(("method", "setting"), [*cases()])
 def test_killed_and_resumed_equals_uninterrupted(run_jobs, tmp_path, method, setting):
     check(run_jobs, tmp_path, method, SETTINGS[setting], [1, 2, 5], count=64)  # 2 steps per epoch
 

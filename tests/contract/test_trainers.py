@@ -20,14 +20,14 @@ from pytorch_lightning.callbacks import (
 )
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import NAMES, kind_of, make
+from toys import KINDS, kind_of, make
 
 from lightning_prune import LowRank, load_from_checkpoint
 from lightning_prune.errors import ModelError, TrainerError
 from lightning_prune.structure.carrier import NAME, plan_of
 from lightning_prune.structure.steps import KeepChannels, MaskWeight
 
-pytestmark = pytest.mark.parametrize("name", NAMES)
+pytestmark = pytest.mark.parametrize("name", KINDS)
 
 
 def fit(model, method, folder, *, data=None, callbacks=(), before=(), val=False, **options):

@@ -1,7 +1,8 @@
 """Runs fits in processes of their own, forked after the imports: some are killed, some are ranks of a group.
 
-Started as a script with the path of a JSON list of jobs; each job is ``{"call": name of a function here, "with": its arguments, "env": variables,
-"beside": whether the next job starts before this one has ended}``. Writes the list of exit codes to the same path with the suffix ``.codes``.
+Started once as a script; for every path of a JSON list of jobs that it reads, it writes their exit codes as a line. Each job is ``{"call": name of
+a function here, "with": its arguments, "env": variables, "beside": whether the next job starts before this one has ended}``. What the jobs of a
+list print goes to the same path with the suffix ``.text``.
 """
 
 import json
@@ -116,23 +117,25 @@ def fit_with_another_option_on_rank_1(method: str, **arguments: Any) -> None:
     fit(method=method, method_options=option if os.environ["RANK"] == "1" else None, **arguments)
 
 
-def main(path: Path) -> None:
-    """Run the jobs."""
-    torch.set_num_threads(1)
+def run(path: Path) -> list[int | None]:
+    """Run a list of jobs; return their exit codes."""
     jobs = json.loads(path.read_text())
     codes: list[int | None] = [None] * len(jobs)
     running: dict[int, int] = {}
-    for index, job in enumerate(jobs):
-        running[_start(job)] = index
-        if not job.get("beside"):
-            _wait(running, codes)
-    path.with_suffix(".codes").write_text(json.dumps(codes))
+    with path.with_suffix(".text").open("ab") as text:
+        for index, job in enumerate(jobs):
+            running[_start(job, text.fileno())] = index
+            if not job.get("beside"):
+                _wait(running, codes)
+    return codes
 
 
-def _start(job: dict[str, Any]) -> int:
+def _start(job: dict[str, Any], text: int) -> int:
     child = os.fork()
     if child:
         return child
+    for stream in (1, 2):
+        os.dup2(text, stream)
     code = 1
     try:
         os.environ.update(job.get("env", {}))
@@ -162,4 +165,6 @@ def _wait(running: dict[int, int], codes: list[int | None]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(run(Path(line.strip()))), flush=True)
