@@ -71,6 +71,7 @@ class WeightRemoval:
 
     method: str
     choose: ChooseWeights
+    sparsity: float
     min_kept: int
     remove_dead: bool
     include: Pattern | Sequence[Pattern] | None

@@ -20,7 +20,6 @@ from lightning_prune.structure.tracing.interpreter import export_all, follow
 from lightning_prune.structure.tracing.labels import Absorbed, Labels, Size
 from lightning_prune.structure.tracing.program import Program
 
-
 _CONSTANT = "no weight writes it that could be held at zero, a buffer of the model does"
 
 

@@ -344,7 +344,7 @@ def test_channels_that_are_masked_leave_even_if_another_callback_meets_the_bound
 STAGES = {
     "channels, low rank": [lambda: Magnitude(structured=True, flops=0.7, align=1), lambda: LowRank(flops=0.5, align=1)],
     "low rank, channels": [lambda: LowRank(flops=0.7, align=1), lambda: Magnitude(structured=True, flops=0.4, align=1)],
-    "channels, channels": [lambda: Random(structured=True, flops=0.7, align=1), lambda: Magnitude(structured=True, flops=0.4, align=1, until_epoch=2)],
+    "channels, channels": [lambda: Random(structured=True, flops=0.7), lambda: Magnitude(structured=True, flops=0.4, align=1, until_epoch=2)],
     "gradual channels, low rank": [lambda: Magnitude(structured=True, params=0.7, align=1, until_epoch=2), lambda: LowRank(params=0.4, align=1)],
 }  # fmt: skip
 
