@@ -22,6 +22,7 @@ from lightning_prune.structure.select import Pattern, select
 from lightning_prune.structure.steps import Step
 from lightning_prune.structure.trials import try_sizes
 
+Scope = Literal["global", "uniform"]
 ScoreUnits = Callable[[Task, Structure, NDArray[np.bool_]], NDArray[np.float64]]
 
 
@@ -65,7 +66,7 @@ class ChannelRemoval:
     target: ChannelTarget
     align: int
     min_channels: int
-    scope: Literal["global", "uniform"]
+    scope: Scope
     include: Pattern | Sequence[Pattern] | None
     exclude: Pattern | Sequence[Pattern] | None
 
@@ -205,7 +206,7 @@ class ChannelPruning(Masking):
         sparsity: float | dict[str, float] | None = None,
         align: int = 8,
         min_channels: int = 1,
-        scope: Literal["global", "uniform"] = "global",
+        scope: Scope = "global",
         include: Pattern | Sequence[Pattern] | None = None,
         exclude: Pattern | Sequence[Pattern] | None = None,
         start_epoch: int = 0,
@@ -225,7 +226,7 @@ class ChannelPruning(Masking):
         )
         self.flops, self.params, self.sparsity = flops, params, sparsity
         self.align, self.min_channels, self.scope = align, min_channels, scope
-        self.removal = channel_removal(self, self.score_units)
+        self.removal = channel_removal(self, self.score_units, scope)
 
     def score_units(self, task: Task, structure: Structure, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Score the units; called on every rank.
@@ -249,13 +250,17 @@ class _Options(Protocol):
     sparsity: float | dict[str, float] | None
     align: int
     min_channels: int
-    scope: Literal["global", "uniform"]
     include: Pattern | Sequence[Pattern] | None
     exclude: Pattern | Sequence[Pattern] | None
 
 
-def channel_removal(method: _Options, score_units: ScoreUnits) -> ChannelRemoval:
+def channel_removal(method: _Options, score_units: ScoreUnits, scope: object) -> ChannelRemoval:
     """Check the options of a method and return the removal that they describe.
+
+    Args:
+        method: The method.
+        score_units: Scores its units.
+        scope: ``"global"`` or ``"uniform"``.
 
     Raises:
         OptionError: If one is of the wrong type or out of range.
@@ -265,10 +270,9 @@ def channel_removal(method: _Options, score_units: ScoreUnits) -> ChannelRemoval
     for option in ("align", "min_channels"):
         check_integer(method, option, 1)
     check_choice(method, "scope", ("global", "uniform"))
-    if target.by_group is not None and method.scope != "global":
-        raise OptionError(
-            f"{name}(scope={method.scope!r}): shares by group say themselves where channels leave; drop it."
-        )
+    chosen: Scope = "uniform" if scope == "uniform" else "global"
+    if target.by_group is not None and chosen != "global":
+        raise OptionError(f"{name}(scope={scope!r}): shares by group say themselves where channels leave; drop it.")
     return ChannelRemoval(
-        name, score_units, target, method.align, method.min_channels, method.scope, method.include, method.exclude
+        name, score_units, target, method.align, method.min_channels, chosen, method.include, method.exclude
     )

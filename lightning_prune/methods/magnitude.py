@@ -199,7 +199,7 @@ class Magnitude(Masking):
         check_choice(self, "norm", (1, 2))
         check_choice(self, "normalize", ("mean", "max", "none"))
         if structured:
-            self.removal = channel_removal(self, self.score_units)
+            self.removal = channel_removal(self, self.score_units, scope)
         else:
             check_choice(self, "scope", ("global", "uniform", "erk", "lamp"))
             self.removal = weight_removal(self, self.choose_weights, sparsity)

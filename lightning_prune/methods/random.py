@@ -134,7 +134,7 @@ class Random(Masking):
         if densities is not None:
             self._check_densities(densities)
         if structured:
-            self.removal = channel_removal(self, self.score_units)
+            self.removal = channel_removal(self, self.score_units, scope)
         else:
             check_choice(self, "scope", ("global", "uniform", "erk"))
             self.removal = weight_removal(self, self.choose_weights, sparsity)

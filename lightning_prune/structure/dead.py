@@ -119,7 +119,7 @@ class _Constants:
 
     Attributes:
         absorbable: Units that can leave, ``[units]``, boolean.
-        values: By name of the reading layer, the constant by unit, beyond what the masked model has there.
+        values: By name of the reading layer, the constant by input, where it is not the one that the removal of units sees to.
         inputs: By name of the reading layer, the unit of every input, ``[inputs]``.
     """
 
@@ -132,7 +132,8 @@ class _Constants:
         cls, model: nn.Module, calls: Sequence[Call], structure: Structure, masks: Mapping[str, Flags], units: Flags
     ) -> "_Constants":
         """Run the model and look at the inputs of the layers that read ``units``."""
-        absorbable, values, inputs = units.copy(), {}, {}
+        absorbable, inputs = units.copy(), {}
+        values: dict[str, dict[int, float]] = {}
         readers = list(_readers(structure, masks, units))
         seen = _inputs_seen(model, calls, {name.rpartition(".")[0] for name, *_ in readers})
         for tensor, slot, read in readers:
@@ -149,10 +150,10 @@ class _Constants:
             inputs[name] = slot.units
             for index in np.flatnonzero(np.isin(slot.units, read)).tolist():
                 unit = int(slot.units[index])
-                constant = float(low[index]) - rest
-                if not same[index] or (constant != 0 and not _has_free_bias(module)):
+                constant = float(low[index])
+                if not same[index] or (constant != rest and not _has_free_bias(module)):
                     absorbable[unit] = False
-                elif constant != 0:
+                elif constant != rest:
                     values.setdefault(name, {})[index] = constant
         return cls(absorbable, values, inputs)
 
@@ -193,24 +194,22 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def _has_free_bias(module: nn.Module) -> bool:
     """Tell whether the bias of a layer can take up constants: there is one, and no zeros are padded beside them."""
-    if module.bias is None:
+    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or module.bias is None:
         return False
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or module.padding_mode != "zeros":
         return True
-    assert isinstance(module, _CONVOLUTIONS)
     padding = module.padding if isinstance(module.padding, tuple) else (module.padding,)
-    return module.padding_mode != "zeros" or all(size in (0, "valid") for size in padding)
+    return all(size in (0, "valid") for size in padding)
 
 
 def _inputs_seen(model: nn.Module, calls: Sequence[Call], names: set[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the least and the largest value of every input channel of layers, over calls, batch and positions; in eval mode."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def watch(name: str, module: nn.Module) -> None:
+    def watch(name: str, module: nn.Module, taps: int) -> None:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             value = args[0].detach()
-            spatial = module.weight.ndim - 2  # type: ignore[operator,union-attr]
-            axis = value.ndim - 1 - spatial
+            axis = value.ndim - 1 - taps
             flat = value.movedim(axis, 0).flatten(1)
             low, high = flat.amin(1), flat.amax(1)
             if name in seen:
@@ -223,7 +222,7 @@ def _inputs_seen(model: nn.Module, calls: Sequence[Call], names: set[str]) -> di
         for name in names:
             module = model.get_submodule(name)
             if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-                watch(name, module)
+                watch(name, module, module.weight.ndim - 2)
         for call in calls:
             call.run(model)
     return seen

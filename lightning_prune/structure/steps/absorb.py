@@ -14,7 +14,7 @@ from lightning_prune.structure.steps.base import Step, swap
 
 @dataclasses.dataclass(frozen=True)
 class AbsorbConstants(Step):
-    """Add to the bias of a linear layer or convolution what constant inputs contribute; these can then be held at zero, and leave.
+    """Add to the bias of a linear layer or convolution what constant inputs contribute, and zero the weights that read them.
 
     Exact where every output sees all taps of the constant inputs, so not beside zero padding.
 
@@ -56,16 +56,17 @@ class AbsorbConstants(Step):
         self.find(model)
 
     def emulate(self, model: nn.Module) -> None:
-        """Add what the constants contribute to the bias."""
+        """Add what the constants contribute to the bias, and zero the weights that read them; a second time this changes nothing."""
         module = self.find(model)
         weight, bias = _parameter(module, "weight"), _parameter(module, "bias")
-        inputs = torch.tensor(list(self.constants), device=weight.device)
+        inputs = torch.tensor(list(self.constants), device=weight.device, dtype=torch.int64)
         values = torch.tensor(list(self.constants.values()), device=weight.device, dtype=torch.float64)
-        taps = weight.data.double()[:, inputs].flatten(2).sum(2) if weight.ndim > 2 else weight.data.double()[:, inputs]
+        taps = weight.data.double()[:, inputs].reshape(len(weight), len(inputs), -1).sum(2)
         swap(bias, (bias.data.double() + taps @ values).to(bias.dtype))
+        swap(weight, weight.data.clone().index_fill_(1, inputs, 0))
 
     def apply(self, model: nn.Module) -> None:
-        """Add what the constants contribute to the bias."""
+        """Do what :meth:`emulate` does."""
         self.emulate(model)
 
     def undo(self, model: nn.Module) -> None:
