@@ -12,6 +12,7 @@ from rich.console import Console
 from lightning_prune.callback.task import Task
 from lightning_prune.files import write_text
 from lightning_prune.structure.carrier import plan_of
+from lightning_prune.structure.masks import cut_masks
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.steps import MaskWeight, Step
 
@@ -34,13 +35,16 @@ def tell_scalars(trainer: Any, facts: Mapping[str, float]) -> None:
 
 
 def cost_facts(task: Task) -> dict[str, float]:
-    """Return multiply-adds and parameters of a model, in all and as share of the dense one."""
-    return {
+    """Return multiply-adds and parameters of a model, in all and as share of the dense one; where weights are masked, how many of them are not."""
+    facts = {
         "flops": task.cost.total,
         "params": task.params,
         "flops_share": task.cost.total / max(1, task.origin.flops),
         "params_share": task.params / max(1, task.origin.params),
     }
+    masked = sum(int((~mask).sum()) for mask in cut_masks(task.model, task.plan).values())
+    unmasked = task.params - masked
+    return facts | ({"unmasked": unmasked, "unmasked_share": unmasked / max(1, task.origin.params)} if masked else {})
 
 
 def layer_facts(plan: Plan) -> dict[str, float]:
@@ -153,9 +157,14 @@ def draw_kept(rows: list[dict[str, Any]]) -> Any:
 def describe(callback: "Compression", task: Task) -> str:
     """Return one line: the method and what is left of the dense model."""
     facts = cost_facts(task)
+    unmasked = (
+        f", of which {facts['unmasked']:,} ({facts['unmasked_share']:.1%}) are not masked"
+        if "unmasked" in facts
+        else ""
+    )
     return (
         f"{type(callback).__name__}: FLOPs {task.origin.flops:,} -> {task.cost.total:,} ({facts['flops_share']:.1%}), "
-        f"parameters {task.origin.params:,} -> {task.params:,} ({facts['params_share']:.1%})"
+        f"parameters {task.origin.params:,} -> {task.params:,} ({facts['params_share']:.1%}){unmasked}"
     )
 
 
