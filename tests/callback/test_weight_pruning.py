@@ -59,7 +59,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         self.counts.append(zeros(module))
-        masks = {k: m for k, m in cut_masks(module, plan_of(module)).items()}
+        masks = cut_masks(module, plan_of(module))
         for optimizer in trainer.optimizers:
             for name, mask in masks.items():
                 for value in optimizer.state[module.get_parameter(name)].values():
