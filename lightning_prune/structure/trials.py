@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 _FOREIGN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 5e-2}
 _SMALL = 1_000_000  # parameters up to which trials cost next to nothing
-_REACHES = ("nothing", "the module", "the module and those around it")  # how far attributes are looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +102,8 @@ def try_sizes(model: nn.Module, calls: Sequence[Call], structure: Structure) -> 
     if not structure.count or not (families or structure.written or small):
         return structure
     everything, subject = np.arange(structure.count), _Subject.of(model, calls)
-    for reach in range(len(_REACHES)):
-        followed = _with_attributes(subject, structure, structure.sizes, reach)
-        if followed is not None and _failure(subject, followed, everything) is None:
+    for followed in _candidates(subject, structure, structure.sizes):
+        if _failure(subject, followed, everything) is None:
             return followed
     result = _by_family(subject, structure, families)
     if _failure(subject, result, np.arange(result.count)) is None:
@@ -205,25 +203,45 @@ def _alone(subject: _Subject, structure: Structure, sizes: Sequence[Size]) -> tu
     touched[units] = True
     related = [s for s in structure.sizes if touched[s.labels].any()]
     failures = []
-    for reach in range(len(_REACHES)):
-        found = _with_attributes(subject, structure, related, reach)
-        failure = None if found is None else _failure(subject, found, units)
-        if found is not None and failure is None:
+    for found in _candidates(subject, structure, related):
+        failure = _failure(subject, found, units)
+        if failure is None:
             return found.sizes[len(structure.sizes) :]
-        failures += [failure] if failure is not None else []
+        failures.append(failure)
     return failures[0]
 
 
-def _with_attributes(subject: _Subject, structure: Structure, sizes: Sequence[Size], reach: int) -> Structure | None:
-    """Let attributes of the modules concerned follow sizes: those that hold the very number; None if there are none in reach."""
-    if reach == 0:
-        return structure
+def _candidates(subject: _Subject, structure: Structure, sizes: Sequence[Size]) -> Iterator[Structure]:
+    """Yield the structure as it is, then with attributes that may follow ``sizes``: those of the module, then of those around it, too.
+
+    Where several attributes of the module hold the same number, say as many heads as a head has channels, they follow together, then one alone.
+    """
+    yield structure
+    own, first, second = (_with_attributes(subject, structure, sizes, 1, place) for place in (None, 0, 1))
+    ambiguous = own is not None and first is not None and len(first.sizes) < len(own.sizes)
+    around = _with_attributes(subject, structure, sizes, 2, None)
+    yield from filter(None, (own, *((first, second) if ambiguous else ()), around))
+
+
+def _with_attributes(
+    subject: _Subject, structure: Structure, sizes: Sequence[Size], reach: int, place: int | None
+) -> Structure | None:
+    """Let attributes of the modules concerned follow sizes: those that hold the very number; None if there are none in reach.
+
+    Args:
+        subject: The model.
+        structure: Its units.
+        sizes: What attributes may follow.
+        reach: How far they are looked for: in the module (1), and in those around it, too (2).
+        place: Which attribute of several in one module with the same number; None for all.
+    """
     added: list[Size] = []
     for size in sizes:
         if _fixes(size):
             for name in _modules_in_reach(size.module, reach):
-                module = subject.model.get_submodule(name)
-                added += [dataclasses.replace(size, module=name, attribute=a) for a in _numbers(module, size.before)]
+                held = _numbers(subject.model.get_submodule(name), size.before)
+                held = held if place is None or len(held) < 2 else held[place : place + 1]
+                added += [dataclasses.replace(size, module=name, attribute=attribute) for attribute in held]
     for _, own in itertools.groupby(sizes, key=lambda s: s.node):
         parts = list(own)
         for name in _modules_in_reach(parts[0].module, reach):

@@ -44,6 +44,26 @@ class Heads(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+def test_a_number_of_heads_that_equals_the_width_of_a_head_follows_alone():
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.d, self.h = 3, 3
+            self.v, self.out = nn.Linear(3, 9), nn.Linear(9, 3)
+
+        def forward(self, x):
+            b, n, _ = x.shape
+            y = self.v(x).view(b, n, self.h, self.d).transpose(1, 2)
+            return self.out(F.scaled_dot_product_attention(y, y, y).transpose(1, 2).flatten(2))
+
+    model = Square()
+    structure = structure_of(model, TOKENS)
+    assert structure.count == 3
+    small = cut(model, structure, without(structure, ("out.weight", 1, 3)), TOKENS)
+    assert (small.h, small.d) == (2, 3)
+    cut_at_random(model, structure, TOKENS)
+
+
 @pytest.mark.parametrize("style", ["attribute", "divided"])
 def test_a_number_of_heads_in_an_attribute_follows(style):
     model = Heads(style)
