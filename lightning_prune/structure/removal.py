@@ -13,7 +13,7 @@ from lightning_prune.structure.tracing.labels import Size
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WEIGHTED = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.PReLU, *_CONVOLUTIONS, *_TRANSPOSED)
+_WEIGHTED = (nn.Linear, nn.Embedding, nn.PReLU, *_CONVOLUTIONS, *_TRANSPOSED)
 _PER_CHANNEL = (nn.modules.batchnorm._NormBase,)
 
 
@@ -143,8 +143,6 @@ def _sizes_of(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: 
     weight = shapes.get("weight", ())
     if isinstance(module, nn.Linear):
         return {"in_features": weight[1], "out_features": weight[0]}
-    if isinstance(module, nn.Bilinear):
-        return {"in1_features": weight[1], "in2_features": weight[2], "out_features": weight[0]}
     if isinstance(module, _TRANSPOSED):
         return {"in_channels": weight[0], "out_channels": weight[1] * groups}
     if isinstance(module, _CONVOLUTIONS):
@@ -156,7 +154,7 @@ def _sizes_of(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: 
         return {"num_channels": weight[0]} if weight else {}
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return {"normalized_shape": weight} if weight else {}
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    if isinstance(module, nn.Embedding):
         return {"embedding_dim": weight[1]}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": weight[0]}
