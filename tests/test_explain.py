@@ -338,8 +338,11 @@ def test_a_dry_run_tells_what_compress_does(name, method):
 def test_a_dry_run_of_a_gradual_method_tells_the_end_of_its_schedule(schedule):
     model, example = network("conv_bn")
     before = copy.deepcopy(model.state_dict())
-    gradual = Magnitude(flops=0.5, align=1, start_epoch=1, until_epoch=4, schedule=schedule)
-    found, at_once = explain(model, example, gradual), explain(model, example, Magnitude(flops=0.5, align=1))
+    gradual = Magnitude(structured=True, flops=0.5, align=1, start_epoch=1, until_epoch=4, schedule=schedule)
+    found, at_once = (
+        explain(model, example, gradual),
+        explain(model, example, Magnitude(structured=True, flops=0.5, align=1)),
+    )
     assert found.plan.steps == at_once.plan.steps
     assert (found.flops_after, found.params_after) == (at_once.flops_after, at_once.params_after)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
