@@ -36,7 +36,7 @@ class ToyMask(Compression):
         return Plan(tuple(steps))
 
 
-USUAL = {"flops": 0.5, "align": 1, "every_n_steps": 3, "nuclear": 3e-3}
+USUAL = {"structured": True, "flops": 0.5, "align": 1, "every_n_steps": 3, "nuclear": 3e-3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Magnitude-gradually": ("Magnitude", {"until_epoch": 3}),  # masks at the start of epochs 0, 1 and 2
 }
@@ -61,12 +61,12 @@ def make(name: str, **options: Any) -> Compression:
 
 
 def _kinds() -> list[Any]:
-    """Return all names; those after the first of a kind, the same base and the same way to run, are left to the exhaustive run."""
+    """Return all names; those after the first of a kind, the same base, what leaves and when, are left to the exhaustive run."""
     found, known = [], set()
     for name in NAMES:
         method = make(name)
         bases = type(method).__mro__
-        kind = (bases[bases.index(Compression) - 1], method.gradual)
+        kind = (bases[bases.index(Compression) - 1], method.gradual, getattr(method, "structured", None))
         found.append(pytest.param(name, marks=[pytest.mark.exhaustive] if kind in known else []))
         known.add(kind)
     return found
