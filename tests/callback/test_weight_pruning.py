@@ -90,7 +90,7 @@ def test_masked_weights_and_their_moments_stay_exactly_zero_for_a_hundred_steps_
     resumed = [
         Magnitude(sparsity=0.7, remove_dead=False),
         later,
-        ModelCheckpoint(tmp_path / "later", "{epoch}", save_top_k=-1),
+        ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1),
     ]
     checkpoint = str(tmp_path / "epoch=20.ckpt")
     fit(again, resumed, tmp_path, ckpt_path=checkpoint, max_epochs=25, enable_checkpointing=True)
