@@ -265,8 +265,17 @@ def test_every_budget_has_one_control_and_only_one():
         {"TRP": {"params": 0.8}},
         {"LowRank": {"flops": 0.8, "include": ["first"]}},
         {"TRP": {"params": 300}},
-        {"Random": {"params": 300, "seed": 9}},
-        {"Magnitude": {"flops": 0.7, "norm": 1, "align": 2, "until_epoch": 1, "exclude": ["second"]}},
+        {"Random": {"params": 300, "structured": True, "seed": 9}},
+        {
+            "Magnitude": {
+                "flops": 0.7,
+                "structured": True,
+                "norm": 1,
+                "align": 2,
+                "until_epoch": 1,
+                "exclude": ["second"],
+            }
+        },
         {"TRP": {"params": 0.7, "align": 2, "start_epoch": 1}},
     )
     assert found == {
@@ -286,17 +295,18 @@ def test_a_recipe_without_a_budget_has_no_control_and_a_note_says_so():
     assert notes == ("r0 has no budget (flops, params or sparsity): it has no Random control.",)
 
 
-def test_a_recipe_that_prunes_single_weights_has_no_structured_control(monkeypatch):
-    class Weights(LowRank):
-        def __init__(self, params: float | None = None, structured: bool = True) -> None:
-            super().__init__(params=params)
-            self.structured = structured
-
-    monkeypatch.setattr(methods, "Weights", Weights, raising=False)
-    monkeypatch.setattr(methods, "__all__", [*methods.__all__, "Weights"])
-    found, notes = controls({"Weights": {"params": 0.8, "structured": False}})
-    assert (found, len(notes)) == ({}, 1)
-    assert controls({"Weights": {"params": 0.8}})[0]
+def test_single_weights_have_a_control_of_their_own():
+    found, notes = controls(
+        {"Magnitude": {"sparsity": 0.8, "scope": "erk", "until_epoch": 1}},
+        {"Magnitude": {"sparsity": 0.8, "structured": True, "align": 2}},
+        {"Magnitude": {"sparsity": 0.9}},
+        {"Random": {"sparsity": 0.9}},
+    )
+    assert found == {
+        "random-weights-sparsity-0.8": (("Random", {"sparsity": 0.8, "structured": False, "scope": "erk", "until_epoch": 1}),),
+        "random-channels-sparsity-0.8": (("Random", {"sparsity": 0.8, "structured": True, "align": 2}),),
+    }  # fmt: skip
+    assert notes == ()
 
 
 def test_several_stages_are_compared_at_the_last_budget_and_randomized_at_their_own():

@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning_prune.callback.masking import Masking
+from lightning_prune.callback.weights import WeightRemoval
 from lightning_prune.errors import OptionError
 from lightning_prune.recipe import checks
 from lightning_prune.recipe.schema import Recipe, Stage
@@ -42,21 +44,30 @@ def uncontrolled(recipes: Sequence[tuple[str, Recipe]]) -> tuple[dict[str, Recip
     Returns:
         By the name of a control the recipe to make it of; and notes on recipes that get none.
     """
-    wanted: dict[Budget, Recipe] = {}
-    present: set[Budget] = set()
+    wanted: dict[tuple[Budget, bool], Recipe] = {}
+    present: set[tuple[Budget, bool]] = set()
     notes = []
     for label, recipe in recipes:
-        name, budget, structured = _final_budget(recipe)
+        name, budget, single = _final_budget(recipe)
         if budget is None:
             notes.append(f"{label} has no budget (flops, params or sparsity): it has no {CONTROL} control.")
         elif name == CONTROL:
-            present.add(budget)
-        elif structured:
-            wanted.setdefault(budget, recipe)
+            present.add((budget, single))
         else:
-            notes.append(f"{label} prunes single weights: it has no structured {CONTROL} control.")
-    left = {budget: recipe for budget, recipe in wanted.items() if budget not in present}
-    return {f"{CONTROL.lower()}-{key}-{value}": recipe for (key, value), recipe in left.items()}, notes
+            wanted.setdefault((budget, single), recipe)
+    left = {key: recipe for key, recipe in wanted.items() if key not in present}
+    kinds = {budget: [single for other, single in left if other == budget] for budget, _ in left}
+    names = {
+        (budget, single): "-".join(
+            [
+                CONTROL.lower(),
+                *(["weights" if single else "channels"] if len(kinds[budget]) > 1 else []),
+                *map(str, budget),
+            ]
+        )
+        for budget, single in left
+    }
+    return {names[key]: recipe for key, recipe in left.items()}, notes
 
 
 def randomized(recipe: Recipe) -> Recipe:
@@ -81,22 +92,29 @@ def randomized(recipe: Recipe) -> Recipe:
 
 
 def _final_budget(recipe: Recipe) -> tuple[str, Budget | None, bool]:
-    """Return the name of the last method that has a budget, the budget, and whether shapes change under it."""
+    """Return the name of the last method that has a budget, the budget, and whether single weights leave under it."""
     found = [(name, budget_of(method), method) for _, name, method in methods_of(recipe)]
     name, budget, method = next((entry for entry in reversed(found) if entry[1] is not None), ("", None, None))
-    return name, budget, getattr(method, "structured", True)
+    return name, budget, removes_weights(method)
+
+
+def removes_weights(method: Any) -> bool:
+    """Tell whether a method removes single weights."""
+    return isinstance(getattr(method, "removal", None), WeightRemoval)
 
 
 def _arguments(given: Mapping[str, Any], method: Any) -> dict[str, Any]:
     """Return the arguments of the control that stands for a method, none if that has no budget.
 
-    They are the budget, the layers and, if the method removes channels as the control does, whatever else both take, such as its schedule.
+    They are the budget, the layers and, if the method masks as the control does, whatever else both take, such as its schedule.
     """
     from lightning_prune import methods
 
     budget = budget_of(method)
     if budget is None:
         return {}
-    alike = inspect.signature(getattr(methods, CONTROL)).parameters if hasattr(method, "structured") else _LAYERS
-    own = {key: value for key, value in given.items() if key in alike and key not in ("seed", *_BUDGETS)}
-    return {**own, budget[0]: budget[1], "structured": True}
+    alike = inspect.signature(getattr(methods, CONTROL)).parameters if isinstance(method, Masking) else _LAYERS
+    own = {key: value for key, value in given.items() if key in alike and key not in ("seed", "structured", *_BUDGETS)}
+    if own.get("scope") == "lamp":  # an order of magnitudes; by chance, any order over all tensors
+        del own["scope"]
+    return {**own, budget[0]: budget[1], "structured": not removes_weights(method)}
