@@ -94,7 +94,9 @@ class DigitsNet(pl.LightningModule):
         width: Channels of the first convolution; the other two have twice as many. Defaults to 64.
         dropout: Share of the last features dropped in training, in [0, 1). Defaults to 0.
         lr: Largest learning rate, > 0; it falls to 0 along a cosine over the fit. Defaults to 0.05.
-        optimizer: ``"sgd"`` (momentum 0.9, weight decay 5e-4) or ``"adamw"``. Defaults to ``"sgd"``.
+        optimizer: ``"sgd"`` or ``"adamw"``. Defaults to ``"sgd"``.
+        momentum: Of SGD, in [0, 1). Defaults to 0.9.
+        weight_decay: Of SGD, at least 0. Defaults to 5e-4.
         size: Height and width of the images, as in :class:`DigitsData`. Defaults to 16.
 
     Raises:
@@ -107,6 +109,8 @@ class DigitsNet(pl.LightningModule):
         dropout: float = 0.0,
         lr: float = 0.05,
         optimizer: Literal["sgd", "adamw"] = "sgd",
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
         size: int = 16,
     ) -> None:
         super().__init__()
@@ -114,6 +118,8 @@ class DigitsNet(pl.LightningModule):
             ("width", width, width >= 1, "a whole number of at least 1"),
             ("dropout", dropout, 0 <= dropout < 1, "in [0, 1)"),
             ("lr", lr, lr > 0, "above 0"),
+            ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
             ("optimizer", optimizer, optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'"),
         ):
             if not good:
@@ -158,7 +164,9 @@ class DigitsNet(pl.LightningModule):
         """Return the optimizer and a learning rate that falls step by step along a cosine."""
         rate = self.hparams["lr"]
         optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(self.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+            torch.optim.SGD(
+                self.parameters(), rate, momentum=self.hparams["momentum"], weight_decay=self.hparams["weight_decay"]
+            )
             if self.hparams["optimizer"] == "sgd"
             else torch.optim.AdamW(self.parameters(), rate)
         )
