@@ -7,8 +7,8 @@ a temperature of 200, at which the ranking hardly depends on it. The loss is a s
 
 Unlike the authors' code: exactly round(sparsity * n) weights leave and ties are broken by position (``rule="official"`` keeps every score up to the
 k-th largest, hence removes k - 1 or fewer, with k rounded down); masked weights do not move any more while training; the linear layers are
-scored as they are, not drawn anew (``reinit_head="xavier_linear"`` is theirs, ``"xavier_last"`` their ImageNet script's). ``absolute=True`` removes the
-smallest ``|w * Hg|`` instead, which Frankle, Dziugaite, Roy and Carbin, "Pruning Neural Networks at Initialization: Why Are We Missing the
+scored as they are, not drawn anew (``reinit_head="xavier_linear"`` is theirs, ``"xavier_last"`` their ImageNet script's). ``absolute=True`` removes
+the smallest ``|w * Hg|`` instead, which Frankle, Dziugaite, Roy and Carbin, "Pruning Neural Networks at Initialization: Why Are We Missing the
 Mark?", ICLR 2021 (arXiv:2009.08576) compare. As they found, much of what the method gives is the share that it keeps of every layer.
 """
 
@@ -132,9 +132,10 @@ class GraSP(WeightPruning):
         sparsity: Share of the prunable weights that leave, in [0, 1).
         temperature: What logits are divided by; at least 50 for the paper's ranking, 1 for regression.
         samples_per_class: Samples of every class to score with, if ``targets`` are given.
-        reinit_head: ``"none"``: linear layers are scored as they are. ``"xavier_linear"``: with weights drawn anew for scoring only, as the authors do.
-            ``"xavier_last"``: only the last one so.
-        hvp: ``"exact"``: by double backward. ``"finite_difference"``: by first derivatives, for operations that have no second.
+        reinit_head: ``"none"``: linear layers are scored as they are. ``"xavier_linear"``: with weights drawn anew for scoring only, as the
+            authors do. ``"xavier_last"``: only the last one so.
+        hvp: ``"exact"``: by double backward. ``"finite_difference"``: by first derivatives, for operations that have no second; a good approximation
+            with smooth activations only, in deep networks of ReLU about half of what stays is other weights.
         absolute: Remove weights that change the flow least, in either direction, rather than those whose removal increases it most.
         rule: ``"exact"``: exactly the share leaves. ``"official"``: the authors' threshold; at the start of the fit and globally only.
         logits_module: Name of the submodule whose output is the logits of a softmax or sigmoid.

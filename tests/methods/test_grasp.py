@@ -52,9 +52,7 @@ def scores_of(model, chunks, temperature=1.0, scale=1.0):
     """Our scores of a model in the mode it is in, by name."""
     names = names_of(model)
     weights = [model.get_parameter(name) for name in names]
-    products = hessian_gradient(
-        lambda: (scale * cross_entropy(model(x) / temperature, y) for x, y in chunks), weights
-    )
+    products = hessian_gradient(lambda: (scale * cross_entropy(model(x) / temperature, y) for x, y in chunks), weights)
     return dict(zip(names, flow_scores(weights, products), strict=True))
 
 
@@ -74,9 +72,7 @@ def derivatives(model, chunks, names, temperature=1.0):
 
 def squared_gradient(model, chunks, names, removed, step):
     """The squared norm of the gradient after ``step`` times the weights in ``removed`` has been taken off."""
-    moved = {
-        name: (model.get_parameter(name) * (1 - step * removed[name])).detach().requires_grad_() for name in names
-    }
+    moved = {name: (model.get_parameter(name) * (1 - step * removed[name])).detach().requires_grad_() for name in names}
     loss = sum(cross_entropy(functional_call(model, moved, (x,)), y) for x, y in chunks)
     return sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(moved.values())))
 
@@ -279,15 +275,6 @@ def test_the_official_rule_keeps_ties_and_does_not_bring_back_what_is_gone():
 # What the callback adds: temperature, chunks, precision, and an untouched model
 
 
-def blobs(classes=4, per_class=6):
-    y = torch.arange(classes).repeat(per_class)
-    return [(torch.randn(8, 1, 8, 8) + part[:, None, None, None], part) for part in y.split(8)]
-
-
-class LitGrasp(LitNet):
-    """The module of the other tests, with its logits in reach."""
-
-
 def by_hand(model, chunks, temperature):
     twin = LitNet()
     twin.load_state_dict(model.state_dict())
@@ -344,9 +331,7 @@ def test_without_a_place_for_the_temperature_it_is_1_and_a_message_says_so_once(
 def test_the_output_of_a_module_is_divided_inside_the_block_alone():
     layer, x = nn.Linear(3, 2), torch.randn(4, 3)
     with tempered(layer, 4.0):
-        assert torch.equal(layer(x), (x @ layer.weight.T + layer.bias) / 4) or torch.allclose(
-            layer(x) * 4, nn.functional.linear(x, layer.weight, layer.bias)
-        )
+        assert torch.equal(4 * layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
@@ -385,6 +370,7 @@ def test_a_frozen_norm_keeps_its_running_statistics_and_others_use_those_of_the_
     model[1].eval()
     frozen = joined(score(task, temperature=1.0))
     assert error(frozen, joined(scores_of(model, data))) < EXACT
+    assert error(frozen, joined(scores_of(model.train(), data))) > 1e-2
 
 
 def test_noise_in_the_users_code_is_the_same_in_all_passes():
@@ -407,8 +393,9 @@ def test_a_model_of_half_precision_is_masked_as_its_float32_copy():
     twin = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
     twin.load_state_dict(model.state_dict())
     x, y = torch.randn(20, 5).bfloat16(), torch.randint(0, 4, (20,))
-    half, single = score(task_of(model, [(x, y)]), temperature=1.0), score(
-        task_of(twin, [(x.float(), y)]), temperature=1.0
+    half, single = (
+        score(task_of(model, [(x, y)]), temperature=1.0),
+        score(task_of(twin, [(x.float(), y)]), temperature=1.0),
     )
     assert all(torch.equal(half[name], single[name]) for name in half)
 
@@ -421,7 +408,7 @@ def test_finite_differences_choose_almost_the_same_weights(reference):
         for hvp in ("exact", "finite_difference")
     ]
     assert [int((~mask).sum()) for mask in masks] == [571, 571]
-    assert int((masks[0] != masks[1]).sum()) <= 0.02 * 714
+    assert int((masks[0] != masks[1]).sum()) <= 0.01 * 714
 
 
 def test_the_absolute_variant_removes_what_changes_the_flow_least(reference):
@@ -454,11 +441,8 @@ def test_scores_after_a_redraw_are_those_of_a_model_with_the_new_weights(referen
     layers = {twin.model.get_submodule(name).weight: torch.ones(1, dtype=torch.bool) for name in redrawn}
     redraw(twin.model, layers)
     found = score(task, logits_module="fc2", reinit_head=choice)
-    if choice == "xavier_linear":
-        assert torch.equal(joined(found), joined(score(twin, logits_module="fc2")))
+    assert torch.equal(joined(found), joined(score(twin, logits_module="fc2")))
     assert error(joined(found), joined(score(task, logits_module="fc2"))) > 1e-3
-    changed = {n for n, s in found.items() if not torch.equal(s, score(task, logits_module="fc2")[n])}
-    assert {f"{name}.weight" for name in redrawn} <= changed
 
 
 def test_two_runs_give_identical_masks_of_exactly_the_share_and_none_at_zero():
@@ -511,7 +495,10 @@ def rank_scores(rank, folder, model, data):
 def test_two_processes_equal_one_on_the_union_with_exactly_two_collectives(tmp_path):
     model, chunks = mlp(), [chunk(), chunk(9), chunk(14)]
     shares = [chunks[:2], chunks[2:]]  # of unequal number
-    ranks = [multiprocessing.get_context("fork").Process(target=rank_scores, args=(r, tmp_path, model, shares)) for r in (0, 1)]
+    ranks = [
+        multiprocessing.get_context("fork").Process(target=rank_scores, args=(r, tmp_path, model, shares))
+        for r in (0, 1)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -637,8 +624,9 @@ def test_logits_that_are_no_tensor_are_an_error():
         def forward(self, x):
             return self.head(x)[0]
 
-    with pytest.raises(ModelError, match="Pair that returns a tuple"):
-        score(task_of(Net(), [(torch.randn(12, 5), torch.arange(12) % 4)]), logits_module="head")
+    model = Net()
+    with pytest.raises(ModelError, match="Pair that returns a tuple"), tempered(model.head, 2.0):
+        model(torch.randn(12, 5))
 
 
 def test_a_model_without_prunable_weights_is_an_error():
