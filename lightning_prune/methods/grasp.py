@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.budget.weights import Scope
 from lightning_prune.callback.batches import balanced_chunks, function_of, labels_of, losses_of, plain_chunks, scoring
 from lightning_prune.callback.checks import check_choice, check_integer
 from lightning_prune.callback.masking import Schedule
 from lightning_prune.callback.task import Task
-from lightning_prune.callback.weights import Scope, WeightPruning, check_scores
+from lightning_prune.callback.weights import WeightPruning, check_scores
 from lightning_prune.curvature.hvp import Method, hessian_gradient, operations
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.structure.select import Pattern
@@ -113,12 +114,13 @@ def redraw(model: nn.Module, kept: Mapping[nn.Parameter, Tensor], last: bool = F
     Args:
         model: The model.
         kept: By weight which entries are not removed, boolean; layers with other weights are passed over.
-        last: Only the last such layer in the order of the model's modules.
+        last: Only the last of them.
         seed: Of the draw.
     """
-    weights = {m.weight: None for m in model.modules() if isinstance(m, nn.Linear) and m.weight in kept}
+    linear = dict.fromkeys(m.weight for m in model.modules() if isinstance(m, nn.Linear))
+    weights = [weight for weight in kept if weight in linear]
     generator = torch.Generator().manual_seed(seed)
-    for weight in list(weights)[-1 if last else 0 :]:
+    for weight in weights[-1 if last else 0 :]:
         drawn = nn.init.xavier_normal_(torch.empty(weight.shape), generator=generator)
         weight.data = drawn.to(weight) * kept[weight]
 

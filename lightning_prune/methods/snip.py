@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from lightning_prune.budget.weights import Scope
 from lightning_prune.callback.batches import losses_of, plain_chunks, scoring
 from lightning_prune.callback.checks import check_integer
 from lightning_prune.callback.masking import Schedule
 from lightning_prune.callback.task import Task
-from lightning_prune.callback.weights import Scope, WeightPruning
+from lightning_prune.callback.weights import WeightPruning
 from lightning_prune.curvature.hvp import gradient
 from lightning_prune.structure.select import Pattern
 
