@@ -83,19 +83,23 @@ def gradient(losses: Losses, weights: Sequence[Tensor], reduce: Reduce | None = 
     Returns:
         One tensor per weight, of its shape, float64.
     """
-    total = _zeros(weights)
-    for loss in losses():
-        _add(total, torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
-    return _reduced(total, reduce)
+
+    def slope(loss: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+
+    return _total(losses, weights, slope, reduce)
 
 
-def hessian_product(losses: Losses, weights: Sequence[Tensor], vector: Sequence[Tensor]) -> list[Tensor]:
+def hessian_product(
+    losses: Losses, weights: Sequence[Tensor], vector: Sequence[Tensor], reduce: Reduce | None = None
+) -> list[Tensor]:
     """Return the product of the Hessian of the sum of the losses, restricted to ``weights``, with a vector; exact.
 
     Args:
         losses: Yields one scalar per chunk, computed inside :func:`twice_differentiable`.
         weights: What to differentiate by.
         vector: One tensor per weight, of its shape.
+        reduce: Averages a flat vector over processes that hold different chunks; called once.
 
     Returns:
         One tensor per weight, of its shape, float64.
@@ -103,21 +107,26 @@ def hessian_product(losses: Losses, weights: Sequence[Tensor], vector: Sequence[
     Raises:
         ModelError: If an operation of the model has no second derivative; names it.
     """
-    total = _zeros(weights)
     fixed = [v.to(w.dtype) for v, w in zip(vector, weights, strict=True)]
-    for loss in losses():
+
+    def product(loss: Tensor) -> Sequence[Tensor]:
         first = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True, materialize_grads=True)
         pairs = [(g, v) for g, v in zip(first, fixed, strict=True) if g.requires_grad]  # the rest is constant
-        if pairs:
-            gradients, vectors = zip(*pairs, strict=True)
-            with _named_operation(gradients):
-                found = torch.autograd.grad(gradients, weights, vectors, allow_unused=True, materialize_grads=True)
-            _add(total, found)
-    return total
+        if not pairs:
+            return [torch.zeros_like(w) for w in weights]
+        gradients, vectors = zip(*pairs, strict=True)
+        with _named_operation(gradients):
+            return torch.autograd.grad(gradients, weights, vectors, allow_unused=True, materialize_grads=True)
+
+    return _total(losses, weights, product, reduce)
 
 
 def difference_product(
-    losses: Losses, weights: Sequence[Tensor], vector: Sequence[Tensor], step: float | None = None
+    losses: Losses,
+    weights: Sequence[Tensor],
+    vector: Sequence[Tensor],
+    reduce: Reduce | None = None,
+    step: float | None = None,
 ) -> list[Tensor]:
     """Return the product of the Hessian with a vector by central differences of gradients; the weights are put back bit for bit.
 
@@ -125,27 +134,26 @@ def difference_product(
         losses: Yields one scalar per chunk.
         weights: What to differentiate by.
         vector: One tensor per weight, of its shape.
+        reduce: Averages a flat vector over processes that hold different chunks; called once.
         step: Length of the step to either side, as a share of the length of the weights; by default 1e-4, in float64 1e-6.
 
     Returns:
         One tensor per weight, of its shape, float64; zeros for a vector of zeros.
     """
-    length = _norm(vector)
-    if length == 0:
-        return _zeros(weights)
     share = _STEP.get(weights[0].dtype, 1e-4) if step is None else step
-    size = share * (_norm([w.detach() for w in weights]) or 1.0) / length
+    size = share * (_norm([w.detach() for w in weights]) or 1.0) / (_norm(vector) or 1.0)
     centre = [w.data for w in weights]
     ends = []
     try:
         for sign in (1, -1):
             for weight, data, v in zip(weights, centre, vector, strict=True):
                 weight.data = (data + sign * size * v).to(data.dtype)
-            ends.append(gradient(losses, weights))
+            ends.append(_flat(gradient(losses, weights)))
     finally:
         for weight, data in zip(weights, centre, strict=True):
             weight.data = data
-    return [(after - before) / (2 * size) for after, before in zip(*ends, strict=True)]
+    flat = (ends[0] - ends[1]) / (2 * size)
+    return _shaped(flat if reduce is None else reduce(flat), weights)
 
 
 def hessian_gradient(
@@ -169,7 +177,7 @@ def hessian_gradient(
         ModelError: If an operation of the model has no second derivative; names it.
     """
     product = hessian_product if method == "exact" else difference_product
-    return _reduced(product(losses, weights, gradient(losses, weights, reduce)), reduce)
+    return product(losses, weights, gradient(losses, weights, reduce), reduce)
 
 
 def operations(tensors: Iterable[Tensor]) -> Iterator[str]:
@@ -207,22 +215,27 @@ def _not_twice(operation: str) -> ModelError:
     )
 
 
-def _zeros(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(w, dtype=torch.float64, requires_grad=False) for w in weights]
+def _total(
+    losses: Losses, weights: Sequence[Tensor], derivative: Callable[[Tensor], Sequence[Tensor]], reduce: Reduce | None
+) -> list[Tensor]:
+    """Sum up the derivatives of all losses in one flat vector, reduce it, and return it in the shapes of the weights."""
+    flat = torch.zeros(sum(w.numel() for w in weights), dtype=torch.float64, device=weights[0].device)
+    parts = _shaped(flat, weights)
+    for loss in losses():
+        for part, found in zip(parts, derivative(loss), strict=True):
+            part.add_(found)
+        del loss  # and its graph, before the next one is built
+    return _shaped(flat if reduce is None else reduce(flat), weights)
 
 
-def _add(total: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    for sum_, part in zip(total, parts, strict=True):
-        sum_.add_(part)
+def _shaped(flat: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([w.numel() for w in weights])
+    return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     return math.hypot(*(float(t.double().norm()) for t in tensors))
-
-
-def _reduced(tensors: list[Tensor], reduce: Reduce | None) -> list[Tensor]:
-    """Reduce all tensors in one call."""
-    if reduce is None:
-        return tensors
-    flat = reduce(torch.cat([t.flatten() for t in tensors]))
-    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]

@@ -98,7 +98,7 @@ def test_the_error_of_differences_is_quadratic_in_the_step():
     weights, losses = weights_of(model), losses_over(model, [chunk])
     vector = [torch.randn_like(w) for w in weights]
     exact = joined(hessian_product(losses, weights, vector))
-    errors = [float((joined(difference_product(losses, weights, vector, c)) - exact).norm()) for c in (4e-3, 2e-3)]
+    errors = [float((joined(difference_product(losses, weights, vector, step=c)) - exact).norm()) for c in (4e-3, 2e-3)]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.02)
 
 
