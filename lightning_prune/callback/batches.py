@@ -62,20 +62,19 @@ def balanced_chunks(probe: Probe, labels_of: Labels, per_class: int, num_classes
     """
     counts = Counter[int](dict.fromkeys(range(num_classes or 0), 0))
     pieces, labels, largest = [], [], 1
-    with contextlib.closing(probe.batches(sys.maxsize, f"Collecting {per_class} samples per class")) as batches:
-        for batch in batches:
-            found = _checked(labels_of(batch), num_classes)
-            index = []
-            for place, label in enumerate(found.tolist()):
-                if counts[label] < per_class:
-                    counts[label] += 1
-                    index.append(place)
-            if index:
-                pieces.append(_taken(batch, torch.tensor(index, device=found.device), len(found)))
-                labels.append(found[index])
-            largest = max(largest, len(found))
-            if num_classes and all(count == per_class for count in counts.values()):
-                break
+    for batch in probe.batches(sys.maxsize, f"Collecting {per_class} samples per class"):
+        found = _checked(labels_of(batch), num_classes)
+        index = []
+        for place, label in enumerate(found.tolist()):
+            if counts[label] < per_class:
+                counts[label] += 1
+                index.append(place)
+        if index:
+            pieces.append(_taken(batch, torch.tensor(index, device=found.device), len(found)))
+            labels.append(found[index])
+        largest = max(largest, len(found))
+        if num_classes and all(count == per_class for count in counts.values()):
+            break
     short = {label: count for label, count in sorted(counts.items()) if count < per_class}
     if short or not counts:
         shown = ", ".join(f"class {label} has {count}" for label, count in list(short.items())[:5])

@@ -177,7 +177,8 @@ def hessian_gradient(
         ModelError: If an operation of the model has no second derivative; names it.
     """
     product = hessian_product if method == "exact" else difference_product
-    return product(losses, weights, gradient(losses, weights, reduce), reduce)
+    slope = [g.to(w.dtype) for g, w in zip(gradient(losses, weights, reduce), weights, strict=True)]
+    return product(losses, weights, slope, reduce)
 
 
 def operations(tensors: Iterable[Tensor]) -> Iterator[str]:
@@ -219,17 +220,20 @@ def _total(
     losses: Losses, weights: Sequence[Tensor], derivative: Callable[[Tensor], Sequence[Tensor]], reduce: Reduce | None
 ) -> list[Tensor]:
     """Sum up the derivatives of all losses in one flat vector, reduce it, and return it in the shapes of the weights."""
-    flat = torch.zeros(sum(w.numel() for w in weights), dtype=torch.float64, device=weights[0].device)
-    parts = _shaped(flat, weights)
+    flat = torch.empty(sum(w.numel() for w in weights), dtype=torch.float64, device=weights[0].device)
+    parts, first = _shaped(flat, weights), True
     for loss in losses():
         for part, found in zip(parts, derivative(loss), strict=True):
-            part.add_(found)
+            part.copy_(found) if first else part.add_(found)  # zeros to add to would be one more pass over memory
+        first = False
         del loss  # and its graph, before the next one is built
+    if first:
+        flat.zero_()
     return _shaped(flat if reduce is None else reduce(flat), weights)
 
 
 def _shaped(flat: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    parts = flat.split([w.numel() for w in weights])
+    parts = torch.split(flat, [w.numel() for w in weights])
     return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
 
 

@@ -42,13 +42,13 @@ def flow_scores(weights: Sequence[Tensor], hessian_gradients: Sequence[Tensor], 
 
     Args:
         weights: Prunable weights.
-        hessian_gradients: The product of Hessian and gradient, in the same shapes.
+        hessian_gradients: The product of Hessian and gradient, in the same shapes, float64.
         absolute: Return the size of the change whatever its sign.
 
     Returns:
         One tensor per weight, float64; higher = keep.
     """
-    scores = [w.detach().double() * hg for w, hg in zip(weights, hessian_gradients, strict=True)]
+    scores = [hg * w.detach() for w, hg in zip(weights, hessian_gradients, strict=True)]
     return [s.abs() for s in scores] if absolute else scores
 
 

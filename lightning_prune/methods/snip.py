@@ -24,9 +24,9 @@ def connection_sensitivity(weights: Sequence[Tensor], gradients: Sequence[Tensor
 
     Args:
         weights: Prunable weights.
-        gradients: Of the loss, in the same shapes.
+        gradients: Of the loss, in the same shapes, float64.
     """
-    return [(w.detach().double() * g).abs() for w, g in zip(weights, gradients, strict=True)]
+    return [(g * w.detach()).abs() for w, g in zip(weights, gradients, strict=True)]
 
 
 class SNIP(WeightPruning):

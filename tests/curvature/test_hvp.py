@@ -123,6 +123,7 @@ def test_weights_that_the_loss_ignores_or_is_linear_in_have_products_of_zero():
         found = hessian_product(lambda loss=loss: [loss()], [used, unused], vector)
         assert not found[1].any()
     assert not hessian_product(lambda: [used.sum()], [used, unused], vector)[0].any()
+    assert not joined(gradient(lambda: [], [used, unused])).any()
     zero = [torch.zeros(3, 2), torch.zeros(2, 2)]
     assert not joined(difference_product(lambda: [used.square().sum()], [used, unused], zero)).any()
 
