@@ -19,7 +19,7 @@ from lightning_prune.methods.grasp import GraSP
 from lightning_prune.probe import Probe
 from lightning_prune.structure.calls import as_calls
 
-TEMPERATURE, ROUNDS, SAMPLES = 200.0, 5, 10
+TEMPERATURE, ROUNDS, SAMPLES = 200.0, 5, 25
 
 
 def chunks(count=2):
