@@ -1,0 +1,336 @@
+"""Diagonals of the curvature of a loss with respect to weights.
+
+For a loss ``L`` whose model gives the outputs ``z`` of sample n by the Jacobian ``J_n``, the diagonal of the generalized Gauss-Newton matrix is
+
+    G_k = sum_n (J_n^T H_n J_n)_kk = sum_n sum_r (J_n^T u_nr)_k^2     with     H_n = d^2 L / dz_n^2 = sum_r u_nr u_nr^T.
+
+:func:`exact_cotangents` gives the ``u`` of any loss from its own graph: softmax cross-entropy (where G is the Fisher information at labels
+drawn from the model), sigmoids, squared error, weighted or smoothed. :func:`sampled_cotangents` draws labels instead, for many
+classes. :class:`GaussNewton` squares the gradients of every sample: exactly for weights of linear, convolution and attention layers, however often
+they are called. :func:`hutchinson_diagonal` needs nothing but the loss.
+
+Cost of ``GaussNewton`` with R cotangents: R backward passes to the outputs of the layers, and two to tell samples apart per shape of the data. The
+weights are then done for all cotangents at once. Of ``p`` positions in a layer (tokens, places of an image), ``(sum_i a_i b_i)^2`` is either formed
+for every sample and cotangent (p products per weight) or, where p < 2 R, as a sum over pairs of positions, whose ``p (p + 1) / 2`` products are
+shared by all cotangents. A single position is the familiar ``(delta^2)^T (x^2)``.
+
+Samples must be independent of each other, so batch normalization has to be in evaluation mode.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_prune.curvature.products import Product
+from lightning_prune.errors import ModelError
+
+log = logging.getLogger(__name__)
+_AT_ONCE = 2**22  # entries of what is squared or multiplied at a time
+_STORED = 2**26  # entries of the gradients of outputs that are kept at a time
+
+
+def exact_cotangents(loss: Tensor, outputs: Tensor) -> Tensor:
+    """Return the vectors ``u`` that make up the curvature of a loss with respect to the outputs of every sample.
+
+    Args:
+        loss: A scalar with a graph from ``outputs``, differentiable twice, in which no two samples meet.
+        outputs: ``[samples, ...]``, with a graph. The cost grows with the square of the number of outputs of a sample.
+
+    Returns:
+        ``[directions, *outputs.shape]``, float64; directions without curvature in any sample are left out, so softmax has one less than
+        classes. Curvature of negative sign, which a loss that is not convex has, counts as none.
+
+    Raises:
+        ModelError: If the loss does not depend on the outputs, or samples meet in it.
+    """
+    gradient = _gradient(loss, outputs)
+    samples, width = len(outputs), outputs[0].numel()
+    columns = []
+    for index in range(width):
+        direction = torch.zeros(samples, width, dtype=outputs.dtype, device=outputs.device)
+        direction[:, index] = 1
+        columns.append(_hessian_times(gradient, outputs, direction.view_as(outputs)).reshape(samples, width))
+    _check_apart(gradient, outputs)
+    hessian = torch.stack(columns, 2).double()
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    values = values.clamp_min(0)
+    found = (vectors * values.sqrt().unsqueeze(1)).permute(2, 0, 1)
+    seen = values.amax(0) > values.max() * torch.finfo(outputs.dtype).eps
+    return found[seen].reshape(-1, *outputs.shape)
+
+
+def sampled_cotangents(loss: Tensor, outputs: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Draw labels from the model: an unbiased estimate of :func:`exact_cotangents` for softmax cross-entropy.
+
+    That is the Monte-Carlo Fisher information, ``u = sqrt(w / draws) (softmax(z) - onehot(label))``. The weight ``w`` of a term, such as
+    ``1 / samples``, class weights and terms that are ignored, is read off the loss.
+
+    Args:
+        loss: Softmax cross-entropy of ``outputs``, any labels or weights.
+        outputs: Logits, ``[samples, classes]``, ``[samples, classes, *places]`` or ``[samples, *places, classes]``, with a graph.
+        draws: Labels per term.
+        generator: Source of randomness, on the device of ``outputs``.
+
+    Returns:
+        ``[draws, *outputs.shape]``, float64.
+
+    Raises:
+        ModelError: If the loss is no softmax cross-entropy.
+    """
+    gradient = _gradient(loss, outputs)
+    probe = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    curved = _hessian_times(gradient, outputs, probe).double()
+    for axis in dict.fromkeys((min(1, outputs.ndim - 1), outputs.ndim - 1)):
+        share = outputs.detach().double().softmax(axis)
+        expected = share * (probe - (share * probe).sum(axis, keepdim=True))
+        norm = expected.square().sum(axis, keepdim=True)
+        weight = (curved * expected).sum(axis, keepdim=True) / norm.clamp_min(torch.finfo(torch.float64).tiny)
+        if (curved - weight * expected).abs().max() <= 1e-3 * curved.abs().max():
+            rows = share.movedim(axis, -1)
+            labels = torch.multinomial(rows.reshape(-1, rows.shape[-1]), draws, replacement=True, generator=generator)
+            drawn = torch.nn.functional.one_hot(labels.T.reshape(draws, *rows.shape[:-1]), rows.shape[-1])
+            return (share - drawn.movedim(-1, axis + 1)) * (weight.clamp_min(0) / draws).sqrt()
+    raise ModelError(
+        f"The loss is no softmax cross-entropy of the outputs (shape {tuple(outputs.shape)}), so labels cannot be drawn from the model. "
+        "Check which module gives the logits, or take curvature='ggn' (any loss, a pass per output) or curvature='hutchinson' (the loss alone)."
+    )
+
+
+def _gradient(loss: Tensor, outputs: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ModelError(
+            f"The loss does not depend on the outputs (shape {tuple(outputs.shape)}) whose curvature is asked for. Name the module that gives the logits."
+        )
+    return gradient
+
+
+def _hessian_times(gradient: Tensor, outputs: Tensor, vector: Tensor) -> Tensor:
+    if not gradient.requires_grad:  # a loss that is linear in its outputs
+        return torch.zeros_like(outputs)
+    (product,) = torch.autograd.grad(gradient, outputs, vector, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(outputs) if product is None else product
+
+
+def _check_apart(gradient: Tensor, outputs: Tensor) -> None:
+    """Raise if samples meet in the loss: moving the outputs of the first half must not change the gradients of the others."""
+    half = len(outputs) // 2
+    direction = torch.zeros_like(outputs)
+    direction[:half] = 1 + torch.rand(outputs[:half].shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+    if half and _hessian_times(gradient, outputs, direction)[half:].abs().max() > 0:
+        raise ModelError(
+            "Samples of a batch meet in the loss, as in a contrastive one; it has no curvature sample by sample. Take curvature='hutchinson'."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """The products of one range of rows of a weight, each with its layout."""
+
+    name: str
+    rows: tuple[int, int]
+    products: tuple[tuple[int, int], ...]  # place in the list of products, layout
+
+
+class GaussNewton:
+    """Squares the gradients of every sample.
+
+    Args:
+        weights: Parameters by name.
+        generator: Source of the random signs by which weights are estimated whose products cannot be seen, such as those of recurrent layers: the
+            gradients of a batch with random signs per sample, squared, are right in expectation. A message names them.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], generator: torch.Generator) -> None:
+        self.weights = dict(weights)
+        self.estimated: set[str] = set()
+        self._generator = generator
+        self._known: dict[object, tuple[list[_Weight], list[str]]] = {}
+
+    def diagonal(self, products: Sequence[Product], outputs: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
+        """Return ``sum_n sum_r (J_n^T u_nr)^2`` by name, in the shapes of the weights, float64.
+
+        Args:
+            products: What :func:`~lightning_prune.curvature.products.recorded` saw while the outputs were computed.
+            outputs: ``[samples, ...]``, with the graph of that run, which is kept.
+            cotangents: The vectors ``u``, ``[R, *outputs.shape]``.
+        """
+        found = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in self.weights.items()}
+        if not len(cotangents):
+            return found
+        seen, unseen = self._layout(products, outputs)
+        for gradients, others in self._backward(products, outputs, cotangents, unseen):
+            for name, squares in zip(unseen, others, strict=True):
+                found[name] += squares
+            for weight in seen:
+                pairs = [
+                    products[place].sides(gradients[place], layout, len(outputs)) for place, layout in weight.products
+                ]
+                start, stop = weight.rows
+                part = found[weight.name][start:stop]
+                part += summed_squares(*_joined(pairs)).view_as(part)
+        return found
+
+    def _backward(
+        self, products: Sequence[Product], outputs: Tensor, cotangents: Tensor, unseen: Sequence[str]
+    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Yield, for some cotangents at a time, the gradients of all outputs of layers and the summed squares of ``unseen`` weights."""
+        edges, others = [product.edge for product in products], [self.weights[name] for name in unseen]
+        size = sum(product.shape.numel() for product in products)
+        if not edges and not others:
+            return
+        for group in cotangents.split(max(1, _STORED // max(1, size))):
+            gradients: list[list[Tensor]] = [[] for _ in products]
+            squares = [torch.zeros_like(weight, dtype=torch.float64) for weight in others]
+            for cotangent in group:
+                signs = torch.randint(0, 2, (len(outputs),), generator=self._generator, device=outputs.device) * 2 - 1
+                signed = (cotangent * signs.view(-1, *[1] * (outputs.ndim - 1))).to(outputs.dtype)
+                found = _grad(outputs, [*edges, *others], signed)
+                for place, product in enumerate(products):
+                    gradients[place].append(_or_zero(found[place], product))
+                for total, gradient in zip(squares, found[len(edges) :], strict=True):
+                    if gradient is not None:
+                        total += gradient.double().square()
+            yield [torch.stack(parts) for parts in gradients], squares
+
+    def _layout(self, products: Sequence[Product], outputs: Tensor) -> tuple[list[_Weight], list[str]]:
+        """Return where the samples lie in every product, and the weights of which not all products were seen.
+
+        Cotangents are multiplied by a factor per sample. The gradients of the outputs of a layer must then be multiplied by the factors of the samples
+        that are thought to stand there, and the products must add up to the gradients of the weights.
+        """
+        signature = (len(outputs), tuple((p.name, p.rows, p.shape) for p in products))
+        if signature not in self._known:
+            self._known[signature] = self._find_layout(products, outputs)
+            for name in self._known[signature][1]:
+                if name not in self.estimated:
+                    log.info("The gradients of single samples of %s cannot be seen; its curvature is estimated.", name)
+                    self.estimated.add(name)
+        return self._known[signature]
+
+    def _find_layout(self, products: Sequence[Product], outputs: Tensor) -> tuple[list[_Weight], list[str]]:
+        samples, fixed = len(outputs), torch.Generator().manual_seed(0)
+        edges = [product.edge for product in products]
+        cotangent = torch.randn(outputs.shape, generator=fixed).to(outputs)
+        factors = torch.pow(2.0, torch.randint(-4, 4, (samples,), generator=fixed)).to(
+            outputs
+        )  # powers of two round nothing
+        found = _grad(outputs, [*edges, *self.weights.values()], cotangent)
+        scaled = _grad(outputs, edges, cotangent * factors.view(-1, *[1] * (outputs.ndim - 1))) if edges else ()
+        totals = dict(zip(self.weights, found[len(products) :], strict=True))
+        gradients = [_or_zero(found[place], product).unsqueeze(0) for place, product in enumerate(products)]
+        seen, unseen = [], []
+        for name, total in totals.items():
+            ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            summed = torch.zeros_like(self.weights[name], dtype=torch.float64)
+            clear = True
+            for place, product in enumerate(products):
+                if product.name != name:
+                    continue
+                changed = _or_zero(scaled[place], product)
+                fitting = [b for b in product.layouts(samples) if _fits(gradients[place], changed, b, factors)]
+                clear = clear and bool(fitting)
+                for before in fitting[:1]:
+                    ranges.setdefault(product.rows, []).append((place, before))
+                    rows, columns = product.sides(gradients[place], before, samples)
+                    part = summed[slice(*product.rows)]
+                    part += torch.einsum("rngal,rngbl->gab", rows.double(), columns.double()).view_as(part)
+            order = sorted(ranges)
+            clear = clear and all(one[1] <= two[0] for one, two in zip(order, order[1:], strict=False))
+            if total is None:
+                continue  # no output depends on it: nothing to add
+            if clear and torch.allclose(summed, total.double(), rtol=0, atol=_tolerance(total)):
+                seen += [_Weight(name, rows, tuple(places)) for rows, places in ranges.items()]
+            else:
+                unseen.append(name)
+        return seen, unseen
+
+
+def _grad(outputs: Tensor, inputs: Sequence[object], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+
+
+def _or_zero(gradient: Tensor | None, product: Product) -> Tensor:
+    return product.x.new_zeros(product.shape) if gradient is None else gradient.reshape(product.shape)
+
+
+def _fits(gradient: Tensor, scaled: Tensor, before: int, factors: Tensor) -> bool:
+    """Tell whether ``scaled`` is ``gradient`` times the factor of every sample if the axis of samples lies behind ``before`` entries."""
+    wanted = gradient.reshape(before, len(factors), -1) * factors.view(-1, 1)
+    far = (scaled.reshape(wanted.shape) - wanted).abs() > wanted.abs() / 4 + 1e-5 * scaled.abs().max()
+    return not bool(far.any())
+
+
+def _tolerance(total: Tensor) -> float:
+    """Return how far sums in another order may be apart."""
+    return float(total.abs().max()) * torch.finfo(total.dtype).eps ** 0.5
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join the sides of several products of one weight along their positions: its gradient is the sum over all."""
+    if len(pairs) == 1:
+        return pairs[0]
+    joined = []
+    for sides in zip(*pairs, strict=True):
+        cotangents = max(len(side) for side in sides)
+        joined.append(torch.cat([side.expand(cotangents, *side.shape[1:]) for side in sides], -1))
+    return joined[0], joined[1]
+
+
+def summed_squares(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return ``sum_rn (sum_l rows[r, n, g, a, l] columns[r, n, g, b, l])^2``, ``[groups, a, b]``.
+
+    Args:
+        rows: ``[cotangents, samples, groups, a, positions]``; 1 stands for the same with every cotangent.
+        columns: ``[cotangents, samples, groups, b, positions]``, likewise.
+    """
+    cotangents, positions = max(len(rows), len(columns)), rows.shape[-1]
+    shape = rows.shape[2:4] + columns.shape[3:4]
+    found = torch.zeros(shape, dtype=torch.float64, device=rows.device)
+    shared = min(len(rows), len(columns)) == 1
+    if shared and positions < 2 * cotangents:
+        first, second = torch.triu_indices(positions, positions, device=rows.device)
+        twice = 2.0 - (first == second).to(rows.dtype)
+        step = max(1, _AT_ONCE // (len(first) * rows.shape[2] * (shape[1] * len(rows) + shape[2] * len(columns))))
+        for a, b in zip(rows.split(step, 1), columns.split(step, 1), strict=True):
+            pairs_a = (a[..., first] * a[..., second]).sum(0)
+            pairs_b = (b[..., first] * b[..., second]).sum(0) * twice
+            found += torch.einsum("ngat,ngbt->gab", pairs_a, pairs_b)
+        return found.clamp_min_(0)  # what cancels leaves a rounding error
+    step = max(1, _AT_ONCE // (cotangents * shape.numel()))
+    for a, b in zip(rows.split(step, 1), columns.split(step, 1), strict=True):
+        found += torch.matmul(a, b.mT).square_().sum((0, 1))
+    return found
+
+
+def hutchinson_diagonal(
+    loss: Tensor, weights: Mapping[str, Tensor], draws: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Estimate the diagonal of the Hessian of a loss by ``mean(v * H v)`` over random signs ``v``, which is right in expectation.
+
+    Args:
+        loss: A scalar with a graph, which is kept.
+        weights: Parameters by name; the Hessian is taken with respect to these.
+        draws: How many ``v``; two backward passes each. The variance of an entry is the sum of the squares of its row off the diagonal, over ``draws``.
+        generator: Source of randomness, on the device of the weights.
+
+    Returns:
+        By name, in the shapes of the weights, float64.
+    """
+    tensors = list(weights.values())
+    gradients = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+    used = [(g, w) for g, w in zip(gradients, tensors, strict=True) if g is not None and g.requires_grad]
+    found = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
+    for _ in range(draws if used else 0):
+        signs = [
+            torch.randint(0, 2, w.shape, generator=generator, device=w.device).to(w.dtype) * 2 - 1 for w in tensors
+        ]
+        towards = [v for v, g in zip(signs, gradients, strict=True) if g is not None and g.requires_grad]
+        curved = torch.autograd.grad([g for g, _ in used], tensors, towards, retain_graph=True, allow_unused=True)
+        for total, v, product in zip(found.values(), signs, curved, strict=True):
+            if product is not None:
+                total += (v * product).double() / draws
+    return found
