@@ -18,6 +18,7 @@ Samples must be independent of each other, so batch normalization has to be in e
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -103,7 +104,8 @@ def _gradient(loss: Tensor, outputs: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ModelError(
-            f"The loss does not depend on the outputs (shape {tuple(outputs.shape)}) whose curvature is asked for. Name the module that gives the logits."
+            f"The loss does not depend on the outputs (shape {tuple(outputs.shape)}) whose curvature is asked for. "
+            "Name the module that gives the logits."
         )
     return gradient
 
@@ -133,6 +135,16 @@ class _Weight:
     name: str
     rows: tuple[int, int]
     products: tuple[tuple[int, int], ...]  # place in the list of products, layout
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return these rows of one of several tensors in the shapes of the weights."""
+        return tensors[self.name][slice(*self.rows)]
+
+    def sides(self, products: Sequence[Product], gradients: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
+        """Return the sides of all products, joined along their positions: the gradient is the sum over all."""
+        pairs = [products[place].sides(gradients[place], layout, samples) for place, layout in self.products]
+        rows, columns = zip(*pairs, strict=True)
+        return _joined(rows), _joined(columns)
 
 
 class GaussNewton:
@@ -166,12 +178,8 @@ class GaussNewton:
             for name, squares in zip(unseen, others, strict=True):
                 found[name] += squares
             for weight in seen:
-                pairs = [
-                    products[place].sides(gradients[place], layout, len(outputs)) for place, layout in weight.products
-                ]
-                start, stop = weight.rows
-                part = found[weight.name][start:stop]
-                part += summed_squares(*_joined(pairs)).view_as(part)
+                part = weight.of(found)
+                part += summed_squares(*weight.sides(products, gradients, len(outputs))).view_as(part)
         return found
 
     def _backward(
@@ -187,20 +195,19 @@ class GaussNewton:
             squares = [torch.zeros_like(weight, dtype=torch.float64) for weight in others]
             for cotangent in group:
                 signs = torch.randint(0, 2, (len(outputs),), generator=self._generator, device=outputs.device) * 2 - 1
-                signed = (cotangent * signs.view(-1, *[1] * (outputs.ndim - 1))).to(outputs.dtype)
+                signed = (cotangent * _along(signs, outputs)).to(outputs.dtype)
                 found = _grad(outputs, [*edges, *others], signed)
                 for place, product in enumerate(products):
                     gradients[place].append(_or_zero(found[place], product))
-                for total, gradient in zip(squares, found[len(edges) :], strict=True):
-                    if gradient is not None:
-                        total += gradient.double().square()
+                for place, gradient in enumerate(found[len(edges) :]):
+                    squares[place] += 0 if gradient is None else gradient.double().square()
             yield [torch.stack(parts) for parts in gradients], squares
 
     def _layout(self, products: Sequence[Product], outputs: Tensor) -> tuple[list[_Weight], list[str]]:
         """Return where the samples lie in every product, and the weights of which not all products were seen.
 
-        Cotangents are multiplied by a factor per sample. The gradients of the outputs of a layer must then be multiplied by the factors of the samples
-        that are thought to stand there, and the products must add up to the gradients of the weights.
+        Cotangents are multiplied by a factor per sample. The gradients of the outputs of a layer must then be multiplied by the factors of the
+        samples that are thought to stand there, and the products must add up to the gradients of the weights.
         """
         signature = (len(outputs), tuple((p.name, p.rows, p.shape) for p in products))
         if signature not in self._known:
@@ -215,42 +222,53 @@ class GaussNewton:
         samples, fixed = len(outputs), torch.Generator().manual_seed(0)
         edges = [product.edge for product in products]
         cotangent = torch.randn(outputs.shape, generator=fixed).to(outputs)
-        factors = torch.pow(2.0, torch.randint(-4, 4, (samples,), generator=fixed)).to(
-            outputs
-        )  # powers of two round nothing
+        factors = torch.pow(2.0, torch.randint(-4, 4, (samples,), generator=fixed)).to(outputs)  # round nothing
         found = _grad(outputs, [*edges, *self.weights.values()], cotangent)
-        scaled = _grad(outputs, edges, cotangent * factors.view(-1, *[1] * (outputs.ndim - 1))) if edges else ()
-        totals = dict(zip(self.weights, found[len(products) :], strict=True))
-        gradients = [_or_zero(found[place], product).unsqueeze(0) for place, product in enumerate(products)]
+        scaled = _grad(outputs, edges, cotangent * _along(factors, outputs)) if edges else ()
+        gradients = [_or_zero(g, product) for g, product in zip(found, products, strict=False)]
+        layouts = [
+            next((b for b in product.layouts(samples) if _fits(g, _or_zero(s, product), b, factors)), 0)
+            for product, g, s in zip(products, gradients, scaled, strict=True)
+        ]
         seen, unseen = [], []
-        for name, total in totals.items():
-            ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
-            summed = torch.zeros_like(self.weights[name], dtype=torch.float64)
-            clear = True
-            for place, product in enumerate(products):
-                if product.name != name:
-                    continue
-                changed = _or_zero(scaled[place], product)
-                fitting = [b for b in product.layouts(samples) if _fits(gradients[place], changed, b, factors)]
-                clear = clear and bool(fitting)
-                for before in fitting[:1]:
-                    ranges.setdefault(product.rows, []).append((place, before))
-                    rows, columns = product.sides(gradients[place], before, samples)
-                    part = summed[slice(*product.rows)]
-                    part += torch.einsum("rngal,rngbl->gab", rows.double(), columns.double()).view_as(part)
-            order = sorted(ranges)
-            clear = clear and all(one[1] <= two[0] for one, two in zip(order, order[1:], strict=False))
+        for name, total in zip(self.weights, found[len(edges) :], strict=True):
             if total is None:
                 continue  # no output depends on it: nothing to add
-            if clear and torch.allclose(summed, total.double(), rtol=0, atol=_tolerance(total)):
-                seen += [_Weight(name, rows, tuple(places)) for rows, places in ranges.items()]
+            own: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            for place, product in enumerate(products):
+                if product.name == name:
+                    own.setdefault(product.rows, []).append((place, layouts[place]))
+            parts = [_Weight(name, rows, tuple(places)) for rows, places in sorted(own.items())]
+            if self._complete(parts, products, gradients, total, samples):
+                seen += parts
             else:
                 unseen.append(name)
         return seen, unseen
 
+    @staticmethod
+    def _complete(
+        parts: Sequence[_Weight], products: Sequence[Product], gradients: Sequence[Tensor], total: Tensor, samples: int
+    ) -> bool:
+        """Tell whether the samples of every product are known and the products add up to the gradient of the weight."""
+        overlap = any(one.rows[1] > two.rows[0] for one, two in itertools.pairwise(parts))
+        if overlap or not all(layout for part in parts for _, layout in part.products):
+            return False
+        summed = torch.zeros_like(total, dtype=torch.float64)
+        for part in parts:
+            rows, columns = part.sides(products, [g.unsqueeze(0) for g in gradients], samples)
+            rest = summed[slice(*part.rows)]
+            rest += torch.einsum("rngal,rngbl->gab", rows.double(), columns.double()).view_as(rest)
+        near = float(total.abs().max()) * torch.finfo(total.dtype).eps ** 0.5  # sums in another order
+        return torch.allclose(summed, total.double(), rtol=0, atol=near)
+
 
 def _grad(outputs: Tensor, inputs: Sequence[object], cotangent: Tensor) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+
+
+def _along(values: Tensor, outputs: Tensor) -> Tensor:
+    """Shape one value per sample so that it broadcasts over the outputs."""
+    return values.view(-1, *[1] * (outputs.ndim - 1))
 
 
 def _or_zero(gradient: Tensor | None, product: Product) -> Tensor:
@@ -264,20 +282,9 @@ def _fits(gradient: Tensor, scaled: Tensor, before: int, factors: Tensor) -> boo
     return not bool(far.any())
 
 
-def _tolerance(total: Tensor) -> float:
-    """Return how far sums in another order may be apart."""
-    return float(total.abs().max()) * torch.finfo(total.dtype).eps ** 0.5
-
-
-def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Join the sides of several products of one weight along their positions: its gradient is the sum over all."""
-    if len(pairs) == 1:
-        return pairs[0]
-    joined = []
-    for sides in zip(*pairs, strict=True):
-        cotangents = max(len(side) for side in sides)
-        joined.append(torch.cat([side.expand(cotangents, *side.shape[1:]) for side in sides], -1))
-    return joined[0], joined[1]
+def _joined(sides: Sequence[Tensor]) -> Tensor:
+    cotangents = max(len(side) for side in sides)
+    return torch.cat([s.expand(cotangents, *s.shape[1:]) for s in sides], -1) if len(sides) > 1 else sides[0]
 
 
 def summed_squares(rows: Tensor, columns: Tensor) -> Tensor:
@@ -314,7 +321,8 @@ def hutchinson_diagonal(
     Args:
         loss: A scalar with a graph, which is kept.
         weights: Parameters by name; the Hessian is taken with respect to these.
-        draws: How many ``v``; two backward passes each. The variance of an entry is the sum of the squares of its row off the diagonal, over ``draws``.
+        draws: How many ``v``; two backward passes each. The variance of an entry is the sum of the squares of its row off the diagonal,
+            divided by ``draws``.
         generator: Source of randomness, on the device of the weights.
 
     Returns:
@@ -330,7 +338,7 @@ def hutchinson_diagonal(
         ]
         towards = [v for v, g in zip(signs, gradients, strict=True) if g is not None and g.requires_grad]
         curved = torch.autograd.grad([g for g, _ in used], tensors, towards, retain_graph=True, allow_unused=True)
-        for total, v, product in zip(found.values(), signs, curved, strict=True):
+        for name, v, product in zip(found, signs, curved, strict=True):
             if product is not None:
-                total += (v * product).double() / draws
+                found[name] += (v * product).double() / draws
     return found

@@ -362,7 +362,7 @@ def test_hutchinson_is_the_diagonal_of_the_hessian_in_expectation():
 
     blocks = torch.autograd.functional.hessian(loss, tuple(weights.values()))
     source = generator()
-    draws = [hutchinson_diagonal(classes(model(x)), weights, 2, source) for _ in range(400)]
+    draws = [hutchinson_diagonal(classes(model(x)), weights, 12, source) for _ in range(400)]
     for k, (name, p) in enumerate(weights.items()):
         exact = blocks[k][k].reshape(p.numel(), p.numel()).diagonal().view_as(p)
         assert exact.min() < 0 or exact.abs().max() > 0
@@ -378,7 +378,6 @@ def test_hutchinson_is_exact_without_curvature_between_weights_and_zero_where_a_
 
 def test_functions_of_torch_are_put_back_also_after_an_error():
     before = F.linear, F.conv2d
-    with pytest.raises(ZeroDivisionError), recorded({}):
-        assert F.linear is not before[0]
-        _ = 1 / 0
+    with pytest.raises(RuntimeError), recorded({}):
+        F.linear(torch.ones(2, 3), torch.ones(4, 5))
     assert (F.linear, F.conv2d) == before
