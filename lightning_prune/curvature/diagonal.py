@@ -101,6 +101,7 @@ def sampled_cotangents(loss: Tensor, outputs: Tensor, draws: int, generator: tor
 
 
 def _gradient(loss: Tensor, outputs: Tensor) -> Tensor:
+    gradient: Tensor | None
     (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ModelError(
