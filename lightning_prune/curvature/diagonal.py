@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_prune.curvature.hvp import operations
 from lightning_prune.curvature.products import Product
 from lightning_prune.errors import ModelError
 
@@ -328,9 +329,14 @@ def hutchinson_diagonal(
 
     Returns:
         By name, in the shapes of the weights, float64.
+
+    Raises:
+        ModelError: If an operation has no second derivative.
     """
     tensors = list(weights.values())
     gradients = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+    if "torch::autograd::Error" in operations(g for g in gradients if g is not None):  # autograd would take it for zero
+        raise _once("a torch.autograd.Function marked @once_differentiable")
     used = [(g, w) for g, w in zip(gradients, tensors, strict=True) if g is not None and g.requires_grad]
     found = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
     for _ in range(draws if used else 0):
@@ -338,8 +344,20 @@ def hutchinson_diagonal(
             torch.randint(0, 2, w.shape, generator=generator, device=w.device).to(w.dtype) * 2 - 1 for w in tensors
         ]
         towards = [v for v, g in zip(signs, gradients, strict=True) if g is not None and g.requires_grad]
-        curved = torch.autograd.grad([g for g, _ in used], tensors, towards, retain_graph=True, allow_unused=True)
+        try:
+            curved = torch.autograd.grad([g for g, _ in used], tensors, towards, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            raise _once(str(error)) from error
         for name, v, product in zip(found, signs, curved, strict=True):
             if product is not None:
                 found[name] += (v * product).double() / draws
     return found
+
+
+def _once(what: str) -> ModelError:
+    return ModelError(
+        f"An operation of this loss can be differentiated once only, which is too little for its Hessian: {what}. Take curvature='ggn' or 'fisher' "
+        "with logits_module=, or order='lm'."
+    )

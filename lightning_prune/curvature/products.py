@@ -121,10 +121,12 @@ def _patches(tensor: Tensor, kernel: Sequence[int], geometry: Geometry, places: 
 
 @contextlib.contextmanager
 def recorded(weights: Mapping[str, Tensor]) -> Iterator[list[Product]]:
-    """Record the products that weights take part in while the block runs, on this thread or others.
+    """Record the products that weights take part in while the block runs.
+
+    The functions are replaced for the whole process, so one thread at a time may do this.
 
     Args:
-        weights: Parameters by name.
+        weights: Parameters by name; nothing is replaced if there are none.
 
     Yields:
         A list that grows with every call. What uses a weight in another way, such as a recurrent layer, leaves no trace there.
@@ -150,10 +152,10 @@ def recorded(weights: Mapping[str, Tensor]) -> Iterator[list[Product]]:
 
     table: dict[str, Callable[..., Geometry | None]] = {"linear": lambda *_, **__: None}
     table |= {f"conv{n}d": _convolution for n in (1, 2, 3)} | {f"conv_transpose{n}d": _transposed for n in (1, 2, 3)}
-    before = {key: getattr(F, key) for key in table}
+    before = {key: getattr(F, key) for key in table} if weights else {}
     try:
-        for key, geometry in table.items():
-            setattr(F, key, noting(before[key], geometry))
+        for key, function in before.items():
+            setattr(F, key, noting(function, table[key]))
         yield products
     finally:
         for key, function in before.items():

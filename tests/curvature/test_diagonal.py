@@ -378,6 +378,24 @@ def test_hutchinson_is_exact_without_curvature_between_weights_and_zero_where_a_
 
 def test_functions_of_torch_are_put_back_also_after_an_error():
     before = F.linear, F.conv2d
-    with pytest.raises(RuntimeError), recorded({}):
+    with pytest.raises(RuntimeError), recorded({"w": torch.ones(2, 2)}):
         F.linear(torch.ones(2, 3), torch.ones(4, 5))
     assert (F.linear, F.conv2d) == before
+
+
+def test_what_has_no_second_derivative_is_told_with_a_way_out():
+    w = torch.ones(2, 2, requires_grad=True)
+    with pytest.raises(ModelError, match=r"differentiated once only.*'ggn'"):
+        hutchinson_diagonal(Once.apply(w).square().sum(), {"w": w}, 1, generator())
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return w**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 3 * gradient * ctx.saved_tensors[0] ** 2
