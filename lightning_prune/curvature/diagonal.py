@@ -59,7 +59,7 @@ def exact_cotangents(loss: Tensor, outputs: Tensor) -> Tensor:
     hessian = torch.stack(columns, 2).double()
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     values = values.clamp_min(0)
-    found = (vectors * values.sqrt().unsqueeze(1)).permute(2, 0, 1)
+    found: Tensor = (vectors * values.sqrt().unsqueeze(1)).permute(2, 0, 1)
     seen = values.amax(0) > values.max() * torch.finfo(outputs.dtype).eps
     return found[seen].reshape(-1, *outputs.shape)
 
@@ -192,7 +192,7 @@ class GaussNewton:
         size = sum(product.shape.numel() for product in products)
         if not edges and not others:
             return
-        for group in cotangents.split(max(1, _STORED // max(1, size))):
+        for group in torch.split(cotangents, max(1, _STORED // max(1, size))):
             gradients: list[list[Tensor]] = [[] for _ in products]
             squares = [torch.zeros_like(weight, dtype=torch.float64) for weight in others]
             for cotangent in group:
@@ -296,23 +296,31 @@ def summed_squares(rows: Tensor, columns: Tensor) -> Tensor:
         rows: ``[cotangents, samples, groups, a, positions]``; 1 stands for the same with every cotangent.
         columns: ``[cotangents, samples, groups, b, positions]``, likewise.
     """
-    cotangents, positions = max(len(rows), len(columns)), rows.shape[-1]
-    shape = rows.shape[2:4] + columns.shape[3:4]
-    found = torch.zeros(shape, dtype=torch.float64, device=rows.device)
-    shared = min(len(rows), len(columns)) == 1
-    if shared and positions < 2 * cotangents:
+    if len(rows) < len(columns):
+        return summed_squares(columns, rows).mT
+    (cotangents, _, groups, width, positions), height = rows.shape, columns.shape[3]
+    found = torch.zeros(groups, width, height, dtype=torch.float64, device=rows.device)
+    if len(columns) == 1 and positions < 2 * cotangents:
         first, second = torch.triu_indices(positions, positions, device=rows.device)
-        twice = 2.0 - (first == second).to(rows.dtype)
-        step = max(1, _AT_ONCE // (len(first) * rows.shape[2] * (shape[1] * len(rows) + shape[2] * len(columns))))
-        for a, b in zip(rows.split(step, 1), columns.split(step, 1), strict=True):
-            pairs_a = (a[..., first] * a[..., second]).sum(0)
-            pairs_b = (b[..., first] * b[..., second]).sum(0) * twice
-            found += torch.einsum("ngat,ngbt->gab", pairs_a, pairs_b)
+        twice = 2.0 - (first == second).to(rows.dtype).unsqueeze(1)
+        for a, b in _pieces(rows.mT, columns.mT, len(first) * groups * (width * cotangents + height)):
+            pairs_a = (a.index_select(3, first) * a.index_select(3, second)).sum(0) * twice
+            pairs_b = (b.index_select(3, first) * b.index_select(3, second)).squeeze(0)
+            found += torch.einsum("ngta,ngtb->gab", pairs_a, pairs_b)
         return found.clamp_min_(0)  # what cancels leaves a rounding error
-    step = max(1, _AT_ONCE // (cotangents * shape.numel()))
-    for a, b in zip(rows.split(step, 1), columns.split(step, 1), strict=True):
-        found += torch.matmul(a, b.mT).square_().sum((0, 1))
+    for a, b in _pieces(rows, columns, cotangents * groups * width * height):
+        if len(columns) == 1:  # all cotangents in one product
+            products = torch.matmul(a.permute(1, 2, 0, 3, 4).flatten(2, 3), b.squeeze(0).mT)
+            found += products.square_().unflatten(2, (cotangents, width)).sum((0, 2))
+        else:
+            found += torch.matmul(a, b.mT).square_().sum((0, 1))
     return found
+
+
+def _pieces(rows: Tensor, columns: Tensor, per_sample: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield so many samples of both sides that what is computed of them, ``per_sample`` entries of each, fits into memory."""
+    step = max(1, _AT_ONCE // per_sample)
+    yield from zip(torch.split(rows, step, 1), torch.split(columns, step, 1), strict=True)
 
 
 def hutchinson_diagonal(

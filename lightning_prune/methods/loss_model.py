@@ -93,7 +93,7 @@ class LossModel(WeightPruning):
         sparsity: Share of the weights that leaves, in [0, 1), of the dense model's prunable ones.
         order: ``"lm"``: linear model of the loss. ``"qm"``: quadratic. ``"obd"``: its quadratic part alone, right at a minimum.
         steps: Rounds of scoring and removing; the authors have 1, 14 and 140, and more is better.
-        schedule: From round to round the same share of what is there leaves (``"geometric"``) or the same number (``"linear"``).
+        step_schedule: From round to round the same share of what is there leaves (``"geometric"``) or the same number (``"linear"``).
         locality: Penalty on the length of a step, at least 0; the authors have 0 and 1e-5 to 1e2. Large ones rank by magnitude.
         curvature: ``"ggn"``: the generalized Gauss-Newton matrix, exact, a backward pass per output and batch. ``"fisher"``: labels drawn from
             the softmax, ``draws`` passes. ``"auto"``: exact up to 100 outputs, drawn from there on. ``"hutchinson"``: the Hessian of the loss from
@@ -119,7 +119,7 @@ class LossModel(WeightPruning):
         sparsity: float,
         order: Order = "lm",
         steps: int = 14,
-        schedule: Schedule = "geometric",
+        step_schedule: Schedule = "geometric",
         locality: float = 0.0,
         curvature: Curvature = "auto",
         logits_module: str | None = None,
@@ -142,11 +142,11 @@ class LossModel(WeightPruning):
             exclude=exclude,
             recalibrate_bn=recalibrate_bn,
         )
-        self.order, self.rounds, self.schedule, self.locality = order, steps, schedule, locality
+        self.order, self.rounds, self.step_schedule, self.locality = order, steps, step_schedule, locality
         self.curvature, self.logits_module = curvature, logits_module
         self.calibration_batches, self.draws, self.seed = calibration_batches, draws, seed
         check_choice(self, "order", ("lm", "qm", "obd"))
-        check_choice(self, "schedule", ("geometric", "linear"))
+        check_choice(self, "step_schedule", ("geometric", "linear"))
         check_choice(self, "curvature", ("auto", "ggn", "fisher", "hutchinson"))
         for name in ("calibration_batches", "draws"):
             check_integer(self, name, 1)
@@ -193,7 +193,7 @@ class LossModel(WeightPruning):
         """
         before = sum(int((~mask).sum()) for mask in kept.values())
         entries = sum(mask.numel() for mask in kept.values())
-        targets = list(dict.fromkeys(removals(entries, before, count, self.rounds, self.schedule)))
+        targets = list(dict.fromkeys(removals(entries, before, count, self.rounds, self.step_schedule)))
         device = next(iter(weights.values())).device
         generator = torch.Generator(device).manual_seed(self.seed)
         newton = GaussNewton(weights, generator)
@@ -228,7 +228,7 @@ class LossModel(WeightPruning):
             raise ModelError(
                 "LossModel: there is no batch to score with. Give a training dataloader, or data=, with batches."
             )
-        parts = iter((total[:-1] / total[-1]).split(sizes))
+        parts = iter(torch.split(total[:-1] / total[-1], sizes))
         return {kind: {name: next(parts).view_as(w) for name, w in weights.items()} for kind in kinds}
 
     def _look(

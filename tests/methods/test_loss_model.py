@@ -387,7 +387,7 @@ BAD = [
     ({"steps": True}, "steps=True"),
     ({"locality": -1.0}, "locality=-1.0"),
     ({"locality": float("nan")}, "locality=nan"),
-    ({"schedule": "cubic"}, "schedule"),
+    ({"step_schedule": "cubic"}, "step_schedule"),
     ({"curvature": "kfac"}, "curvature"),
     ({"draws": 0}, "draws"),
     ({"calibration_batches": 0}, "calibration_batches"),
