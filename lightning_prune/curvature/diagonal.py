@@ -181,7 +181,7 @@ class GaussNewton:
                 found[name] += squares
             for weight in seen:
                 part = weight.of(found)
-                part += summed_squares(*weight.sides(products, gradients, len(outputs))).view_as(part)
+                part += summed_squares(*weight.sides(products, gradients, len(outputs))).reshape(part.shape)
         return found
 
     def _backward(
@@ -309,8 +309,10 @@ def summed_squares(rows: Tensor, columns: Tensor) -> Tensor:
             found += torch.einsum("ngta,ngtb->gab", pairs_a, pairs_b)
         return found.clamp_min_(0)  # what cancels leaves a rounding error
     for a, b in _pieces(rows, columns, cotangents * groups * width * height):
-        if len(columns) == 1:  # all cotangents in one product
-            products = torch.matmul(a.permute(1, 2, 0, 3, 4).flatten(2, 3), b.squeeze(0).mT)
+        if len(columns) == 1:  # all cotangents in one product, put together as they lie in memory
+            lies = a.stride(3) == 1
+            stacked = a.permute(1, 2, 4, 0, 3).flatten(3).mT if lies else a.permute(1, 2, 0, 3, 4).flatten(2, 3)
+            products = torch.matmul(stacked, b.squeeze(0).mT)
             found += products.square_().unflatten(2, (cotangents, width)).sum((0, 2))
         else:
             found += torch.matmul(a, b.mT).square_().sum((0, 1))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_prune.curvature.diagonal import GaussNewton, exact_cotangents
 from lightning_prune.curvature.products import recorded
 
-CLASSES, ROUNDS = 10, 5
+CLASSES, ROUNDS = 10, 3
 
 
 def mlp():
@@ -48,8 +48,8 @@ class Mean(nn.Module):
 
 CASES = {
     "MLP 784-300-100-10, batch 1000": (mlp, (1000, 1, 28, 28)),
-    "VGG-11, 32 pixels, batch 32": (vgg11, (32, 3, 32, 32)),
-    "ResNet-18, 64 pixels, batch 32": (lambda: resnet18(CLASSES), (32, 3, 64, 64)),
+    "VGG-11, 32 pixels, batch 16": (vgg11, (16, 3, 32, 32)),
+    "ResNet-18, 64 pixels, batch 16": (lambda: resnet18(CLASSES), (16, 3, 64, 64)),
     "Transformer, 64 tokens, batch 32": (transformer, (32, 64, 128)),
 }
 
