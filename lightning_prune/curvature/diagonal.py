@@ -313,7 +313,7 @@ def summed_squares(rows: Tensor, columns: Tensor) -> Tensor:
             lies = a.stride(3) == 1
             stacked = a.permute(1, 2, 4, 0, 3).flatten(3).mT if lies else a.permute(1, 2, 0, 3, 4).flatten(2, 3)
             products = torch.matmul(stacked, b.squeeze(0).mT)
-            found += products.square_().unflatten(2, (cotangents, width)).sum((0, 2))
+            found += products.square_().view(-1, groups, cotangents, width, height).sum((0, 2))
         else:
             found += torch.matmul(a, b.mT).square_().sum((0, 1))
     return found
