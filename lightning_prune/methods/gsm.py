@@ -243,7 +243,7 @@ class GSM(WeightPruning):
     def _active(self, weights: Sequence[Tensor]) -> int:
         """Return how many entries the cut keeps, or of some of the tensors their part of that."""
         everything = sum(weight.numel() for weight in self._found.tensors.values())
-        stay = self._found.entries - count_to_remove(self.sparsity, self._found.entries)
+        stay: int = self._found.entries - count_to_remove(self.sparsity, self._found.entries)
         here = sum(weight.numel() for weight in weights)
         return stay if here == everything else round(stay * here / everything)
 

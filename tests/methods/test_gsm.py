@@ -88,7 +88,7 @@ def test_a_fit_is_the_papers_formula_written_out(ratio, tmp_path):
     model, end = LitSGD().double(), End()
     model.example_input_array = None
     expected = twin(copy.deepcopy(model.net), [b for _ in range(3) for b in loader_batches(_)], ratio, 0.05, 0.9, 1e-2)
-    fit(GSM(ratio=ratio), tmp_path, model, end, max_epochs=3, precision="64-true")
+    fit(GSM(ratio=ratio, remove_dead=False), tmp_path, model, end, max_epochs=3, precision="64-true")
     for name, value in expected.items():
         torch.testing.assert_close(end.weights[f"net.{name}"], value, rtol=1e-9, atol=1e-12)
 
@@ -213,7 +213,7 @@ def test_one_dimensional_parameters_keep_their_gradients_and_q_kernels_theirs(op
     before, after, model = Gradients(), Gradients(), LitSGD(norm=True)
     total = sum(p.numel() for p in kernels(model).values())
     names = set(kernels(model))
-    trainer(tmp_path, callbacks=[before, GSM(sparsity=0.9), after], **options).fit(model, loader())
+    trainer(tmp_path, callbacks=[before, GSM(sparsity=0.9, remove_dead=False), after], **options).fit(model, loader())
     for old, new in zip(before.seen, after.seen, strict=True):
         assert all(torch.equal(old[name], new[name]) for name in old if name not in names)
         assert all(torch.equal(new[name], old[name] * (new[name] != 0)) for name in names)
@@ -234,23 +234,23 @@ def test_clipping_sees_the_masked_gradient(tmp_path):
 
     model = Clipped()
     total = sum(p.numel() for p in kernels(model).values())
-    fit(GSM(sparsity=0.9), tmp_path, model, max_epochs=1)
+    fit(GSM(sparsity=0.9, remove_dead=False), tmp_path, model, max_epochs=1)
     assert all(zeros >= round(0.9 * total) for _, zeros in model.norms)
 
 
 def test_start_epoch_leaves_the_gradients_before_it_alone(tmp_path):
     after, model = Gradients(), LitSGD()
     names = list(kernels(model))
-    trainer(tmp_path, callbacks=[GSM(sparsity=0.99, start_epoch=1), after]).fit(model, loader())
+    trainer(tmp_path, callbacks=[GSM(sparsity=0.99, start_epoch=1, remove_dead=False), after]).fit(model, loader())
     zeros = [sum(int((step[name] == 0).sum()) for name in names) for step in after.seen]
     assert max(zeros[:4]) < 0.9 * max(zeros) <= min(zeros[4:])
 
 
 def test_layers_that_are_excluded_train_as_ever(tmp_path):
     before, after = Gradients(), Gradients()
-    trainer(tmp_path, callbacks=[before, GSM(sparsity=0.9, exclude="net.8"), after], max_epochs=1).fit(
-        LitSGD(), loader()
-    )
+    trainer(
+        tmp_path, callbacks=[before, GSM(sparsity=0.9, remove_dead=False, exclude="net.8"), after], max_epochs=1
+    ).fit(LitSGD(), loader())
     for old, new in zip(before.seen, after.seen, strict=True):
         assert torch.equal(old["net.8.weight"], new["net.8.weight"])
         assert not torch.equal(old["net.3.weight"], new["net.3.weight"])
@@ -275,7 +275,7 @@ def test_the_cut_keeps_exactly_the_largest(options, tmp_path):
 
 def test_nothing_is_held_at_zero_while_training(tmp_path):
     model, end = LitSGD(), End()
-    fit(GSM(sparsity=0.9), tmp_path, model, end)
+    fit(GSM(sparsity=0.9, remove_dead=False), tmp_path, model, end)
     assert all(bool((end.weights[name] != 0).all()) for name in kernels(LitSGD()))
 
 
@@ -412,7 +412,7 @@ def test_a_fit_without_an_end_has_no_forecast(caplog, tmp_path):
 
 def test_a_resumed_fit_equals_an_unbroken_one_and_keeps_the_forecast(caplog, tmp_path):
     start, whole, rest = LitSGD(), End(), End()
-    methods = [GSM(sparsity=0.9) for _ in range(3)]
+    methods = [GSM(sparsity=0.9, remove_dead=False) for _ in range(3)]
     once = fit(methods[0], tmp_path, copy.deepcopy(start), whole, max_epochs=4)
 
     class Save(Callback):
@@ -433,10 +433,10 @@ def test_a_resumed_fit_equals_an_unbroken_one_and_keeps_the_forecast(caplog, tmp
 def test_facts_are_logged_and_asking_leaves_training_as_it_was(tmp_path):
     start, ends = LitSGD(), [End(), End()]
     for end, batches in zip(ends, (0, 3), strict=True):
-        fit(GSM(sparsity=0.9, calibration_batches=batches), tmp_path, copy.deepcopy(start), end)
+        fit(GSM(sparsity=0.9, remove_dead=False, calibration_batches=batches), tmp_path, copy.deepcopy(start), end)
     assert all(torch.equal(value, ends[1].weights[name]) for name, value in ends[0].weights.items())
     logger = pl.loggers.CSVLogger(tmp_path)
-    fit(GSM(sparsity=0.9), tmp_path, start, logger=logger)
+    fit(GSM(sparsity=0.9, remove_dead=False), tmp_path, start, logger=logger)
     text = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0]
     assert all(f"compression/gsm/{fact}" in text for fact in ("small_share", "forecast", "loss", "loss_after_cut"))
 
