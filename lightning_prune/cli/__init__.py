@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``export``, ``validate``, ``inspect``, ``compare``.
+"""The command line: ``run``, ``export``, ``validate``, ``inspect``, ``compare``, ``prunability``, ``sensitivity``.
 
 Exit codes: 0 done, 1 a gate of the validation was missed or a cell of a comparison failed (the report is there), 2 a mistake that the user can
 correct, told in one line on the error stream, 130 stopped by Ctrl-C. Anything else is a mistake of ours or an error in the user's training code
@@ -27,6 +27,8 @@ _COMMANDS: dict[str, Callable[[Any, commands.Overrides], int]] = {
     "validate": commands.validate,
     "inspect": commands.inspect,
     "compare": commands.compare,
+    "prunability": commands.prunability,
+    "sensitivity": commands.sensitivity,
 }
 
 
@@ -60,7 +62,7 @@ def _dispatch(words: list[str]) -> int:
     if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
         raise OptionError(f"There is no command {words[0]!r}. {did_you_mean(words[0], _COMMANDS)}")
     overrides: list[tuple[str, str]] = []
-    if words and words[0] in ("run", "export", "validate", "compare"):
+    if words and words[0] != "inspect" and words[0] in _COMMANDS:
         kept, overrides = split_overrides(words[1:], words[0])
         words = [words[0], *kept]
     try:

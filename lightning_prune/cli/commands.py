@@ -161,6 +161,124 @@ def inspect(options: Any, overrides: Overrides) -> int:
     return PASSED
 
 
+def prunability(options: Any, overrides: Overrides) -> int:
+    """Measure how few weights keep the training loss; return the exit code."""
+    from lightning_prune import measure
+
+    _check_picture(options.picture)
+    given = {name: options[name] for name in ("beta", "abs_tol", "mode", "batches")}
+    if options.grid is not None:
+        given["grid"] = _numbers(options.grid, "--grid")
+    if options.criterion == "lamp":
+        from lightning_prune.methods.magnitude import lamp
+
+        given["criterion"] = lamp
+    else:
+        given["criterion"] = options.criterion
+    specs = _class_specs(options, overrides)
+    model, loader = _load(specs["model"], options.checkpoint), _training_loader(_data(specs["data"]))
+    return _answer(measure.prunability(model, loader, **given, **_selection(options)), options)
+
+
+def sensitivity(options: Any, overrides: Overrides) -> int:
+    """Measure what becomes of the loss or a metric when a share of a layer leaves; return the exit code."""
+    from lightning_prune import measure
+    from lightning_prune.recipe import document, objects, runner
+
+    _check_picture(options.picture)
+    given = {"units": options.units, "batches": options.batches}
+    if options.shares is not None:
+        given["shares"] = _numbers(options.shares, "--shares")
+    if options.metric is not None:
+        found = objects.metric(document.parse_yaml(options.metric, "--metric"), "--metric")
+        given["metric"] = NamedMetric(found) if isinstance(found, str) else found
+    specs = _class_specs(options, overrides)
+    model, loader = _load(specs["model"], options.checkpoint), runner.evaluation_loader(_data(specs["data"]))
+    return _answer(measure.sensitivity(model, loader, **given, **_selection(options)), options)
+
+
+class NamedMetric:
+    """A metric that the validation knows by a short name, in the words that ``measure`` asks it with.
+
+    Args:
+        name: Such as ``"accuracy"``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        from lightning_prune.export.metrics import TaskMetric
+
+        self._kept = TaskMetric(self.name)
+
+    def update(self, output: Any, target: Any) -> None:
+        """Take in a batch."""
+        self._kept.update("model", output.detach().float().cpu().numpy(), target)
+
+    def compute(self) -> float:
+        """Return the metric of all batches."""
+        return self._kept.values()["model"]
+
+    @property
+    def higher_is_better(self) -> bool | None:
+        """As torchmetrics says."""
+        return self._kept.higher_is_better
+
+
+def _answer(found: Any, options: Any) -> int:
+    """Show what was measured, as a table or as JSON, and draw it if asked to."""
+    if options.picture is not None:
+        found.picture(options.picture)
+    if options.json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=1) + "\n")
+        return PASSED
+    _console(width=200).print(found.table())
+    if options.picture is not None:
+        _last_line(options.picture)
+    return PASSED
+
+
+def _check_picture(path: str | None) -> None:
+    """Raise before anything is measured if a picture could not be drawn or written."""
+    if path is None:
+        return
+    from lightning_prune.export.optional import need
+
+    if Path(path).suffix.lower() != ".png" or Path(path).is_dir():
+        raise OptionError(f"--picture is the name of a PNG file, such as layers.png; got {path!r}.")
+    _check_folder(Path(path).parent, "--picture")
+    need("matplotlib", "Drawing a picture")
+
+
+def _selection(options: Any) -> dict[str, Any]:
+    """Return ``--include`` and ``--exclude`` as lists of patterns."""
+    names = {name: options[name] for name in ("include", "exclude") if options[name] is not None}
+    return {name: [part.strip() for part in text.split(",")] for name, text in names.items()}
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"{option} are numbers with commas between, such as 0.5,0.25; got {text!r}.") from error
+
+
+def _training_loader(data: Any) -> Any:
+    """Prepare a data module and return its training loader."""
+    from lightning_prune._lightning import PACKAGES
+    from lightning_prune.recipe import runner
+
+    if type(data).train_dataloader.__module__.startswith(PACKAGES):
+        raise OptionError(f"--data: {type(data).__name__} has no train_dataloader. Define one.")
+    with runner.modest_noise():
+        data.prepare_data()
+        data.setup("fit")
+        return data.train_dataloader()
+
+
 def _onnx_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:
     from lightning_prune.export import read_onnx
 
@@ -241,12 +359,12 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise before anything is measured if a report could not be written to ``folder``."""
+def _check_folder(folder: Path, option: str = "--output") -> None:
+    """Raise before anything is measured if nothing could be written to ``folder``."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "cannot be written" if there.is_dir() else "is a file"
-        raise OptionError(f"Output folder {str(folder)!r}: {str(there)!r} {reason}. Choose another --output.")
+        raise OptionError(f"Output folder {str(folder)!r}: {str(there)!r} {reason}. Choose another {option}.")
 
 
 def _free_folder(recipe: str) -> str:

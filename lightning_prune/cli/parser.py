@@ -24,7 +24,9 @@ _EXAMPLES = {
   lightning-prune export small.ckpt --model pkg.mod.LitNet --output small.onnx
   lightning-prune validate small.onnx --reference dense.onnx --data pkg.mod.DataModule --max-drop 0.01 --min-speedup 1.5
   lightning-prune inspect small.ckpt
-  lightning-prune compare digits-trp.yaml digits-lowrank.yaml --seeds 0,1,2""",
+  lightning-prune compare digits-trp.yaml digits-lowrank.yaml --seeds 0,1,2
+  lightning-prune prunability dense.ckpt --model pkg.mod.LitNet --data pkg.mod.DataModule
+  lightning-prune sensitivity dense.ckpt --model pkg.mod.LitNet --data pkg.mod.DataModule --metric accuracy --picture layers.png""",
     "run": """Every key of the recipe can be set: --seed 3, --trainer.accelerator gpu, --stages.1.fit.max_epochs 5, --model pkg.mod.LitNet.
 
 examples:
@@ -54,6 +56,20 @@ examples:
   lightning-prune compare digits-trp.yaml digits-lowrank.yaml
   lightning-prune compare digits-trp.yaml digits-lowrank.yaml --seeds 0,1,2,3,4 --output runs/digits --keep-going
   lightning-prune compare mine.yaml --seeds 2 --model pkg.mod.LitNet --data pkg.mod.DataModule""",
+    "prunability": """The loss is that of the model's training_step on the training data, in evaluation mode. Use data without augmentation.
+Arguments of the classes: --model.init_args.width 64, --data.init_args.batch_size 32.
+
+examples:
+  lightning-prune prunability dense.ckpt --model pkg.mod.LitNet --data pkg.mod.DataModule
+  lightning-prune prunability dense.ckpt --model pkg.mod.LitNet --data pkg.mod.DataModule --beta 0.05 --abs-tol 0.001 --picture curve.png
+  lightning-prune prunability dense.ckpt --model pkg.mod.LitNet --data pkg.mod.DataModule --criterion random --batches 20 --json""",
+    "sensitivity": """The data are those of the test loader, or of the validation loader where there is none.
+Arguments of the classes: --model.init_args.width 64, --data.init_args.batch_size 32.
+
+examples:
+  lightning-prune sensitivity dense.ckpt --model pkg.mod.LitNet --data pkg.mod.DataModule
+  lightning-prune sensitivity dense.ckpt --model pkg.mod.LitNet --data pkg.mod.DataModule --metric accuracy --picture layers.png
+  lightning-prune sensitivity dense.ckpt --model pkg.mod.LitNet --data pkg.mod.DataModule --units channels --shares 0.25,0.5,0.75 --json""",
 }
 
 
@@ -80,7 +96,7 @@ class _Parser(jsonargparse.ArgumentParser):
             raise OptionError(f"Missing: {re.sub(r'[a-z]+[.]', '', missing[1])}. See {PROGRAM} COMMAND --help.") from ex
         if "was not provided" in text and "command" in text:
             raise OptionError(
-                f"A command is missing: run, export, validate, inspect or compare. See {PROGRAM} --help."
+                f"A command is missing: run, export, validate, inspect, compare, prunability or sensitivity. See {PROGRAM} --help."
             ) from ex
         wrong = re.search(r"Parser key \"(\w+)\": Expected an? <class '(\w+)'>. Got value: (.*)", text)
         if wrong is not None:
@@ -158,7 +174,56 @@ def build_parser() -> jsonargparse.ArgumentParser:
     compare.add_argument("--output", type=str, help="folder to write into or to go on in (default: runs/compare)")
     compare.add_argument("--keep-going", action="store_true", help="note a cell that fails and run the next one")
     commands.add_subcommand("compare", compare, help="several recipes over several seeds: a table and a picture")
+    _add_questions(commands)
     return parser
+
+
+def _add_questions(commands: Any) -> None:
+    """Add the commands that measure a model."""
+    prunability = _command(
+        "Find the smallest share of its weights with which a model keeps its training loss.", "prunability"
+    )
+    _measured(prunability)
+    prunability.add_argument("--beta", type=float, default=0.1, help="share by which the loss may rise (default: 0.1)")
+    prunability.add_argument("--abs-tol", type=float, default=0.0, help="and by how much besides (default: 0)")
+    prunability.add_argument(
+        "--mode",
+        type=str,
+        default="first_crossing",
+        help="first_crossing or smallest_feasible (default: first_crossing)",
+    )
+    prunability.add_argument(
+        "--criterion", type=str, default="magnitude", help="magnitude, random or lamp (default: magnitude)"
+    )
+    prunability.add_argument("--grid", type=str, help="shares to keep, e.g. 0.5,0.2,0.1 (default: 25 from 1 down to 0)")
+    commands.add_subcommand("prunability", prunability, help="smallest share of weights that keeps the training loss")
+
+    sensitivity = _command(
+        "Tell for every layer what becomes of the loss or a metric when a share of it leaves.", "sensitivity"
+    )
+    _measured(sensitivity)
+    sensitivity.add_argument(
+        "--metric",
+        type=str,
+        help="e.g. accuracy, mse, or 'F1Score: {task: binary}' (default: the loss of training_step)",
+    )
+    sensitivity.add_argument("--units", type=str, default="weights", help="weights or channels (default: weights)")
+    sensitivity.add_argument(
+        "--shares", type=str, help="shares to remove, e.g. 0.25,0.5 (default: 11 from 0.1 to 0.99)"
+    )
+    commands.add_subcommand("sensitivity", sensitivity, help="loss or metric against removal, layer by layer")
+
+
+def _measured(parser: jsonargparse.ArgumentParser) -> None:
+    """Add what every question about a model and its data takes."""
+    parser.add_argument("checkpoint", type=str, metavar="CKPT", help="checkpoint of a trained model, dense or compact")
+    parser.add_argument("--model", type=str, required=True, help="class path of the LightningModule, pkg.mod.LitNet")
+    parser.add_argument("--data", type=str, required=True, help="class path of the LightningDataModule")
+    parser.add_argument("--batches", type=int, help="how many batches to look at (default: all)")
+    parser.add_argument("--include", type=str, help="layers to take, with commas: names, globs or types (default: all)")
+    parser.add_argument("--exclude", type=str, help="layers to leave out, likewise")
+    parser.add_argument("--picture", type=str, metavar="PNG", help="picture to write")
+    parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def split_overrides(words: Sequence[str], command: str) -> tuple[list[str], list[tuple[str, str]]]:

@@ -169,7 +169,7 @@ def sensitivity(
                 evaluation.probe.recalibrate(recalibrate_bn)
                 values.append(evaluation.value())
         curves.append(Curve(name, size, tuple(values)))
-    better = False if metric is None else getattr(metric, "higher_is_better", None) is not False
+    better = False if metric is None else getattr(evaluation.metric, "higher_is_better", None) is not False
     measure = "loss" if metric is None else getattr(metric, "name", None) or type(metric).__name__
     return Sensitivity(tuple(curves), wanted, units, dense, measure, better, evaluation.samples)
 
