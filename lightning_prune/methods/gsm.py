@@ -14,8 +14,8 @@ Whether passive weights reach zero in time is known before training: they shrink
 ``alpha eta / (1 - beta)`` (:func:`decay_per_step`). Below ln 1000 that is a warning.
 
 Unlike the authors' code, which takes every kernel of 2 or 4 axes: weights are those of linear layers, convolutions, attention and recurrent layers,
-whatever their axes, and not of embeddings. ``Q`` is the number of weights that the cut keeps, so that the two agree. An entry whose ``t`` is not a
-number counts as active: a gradient that is not finite is never hidden. Several optimizers each rank the weights they hold.
+whatever their axes, and not of embeddings. ``Q`` is the number of weights that the cut keeps, so that the two agree. A gradient that is not
+finite is never hidden: where one is not a number, all weights are active. Several optimizers each rank the weights they hold.
 """
 
 import copy
@@ -62,7 +62,8 @@ def passive_entries(weights: Sequence[Tensor], gradients: Sequence[Tensor], acti
     flat = torch.cat([product.reshape(-1) for product in products]) if products else torch.zeros(0)
     if active >= flat.numel():
         return [torch.zeros_like(product, dtype=torch.bool) for product in products]
-    threshold = flat.kthvalue(flat.numel() - active + 1).values if active > 0 else math.inf
+    # as fast as kthvalue, which has no deterministic form on CUDA
+    threshold = flat.topk(active, sorted=False).values.min() if active > 0 else math.inf
     return [product < threshold for product in products]
 
 

@@ -369,6 +369,23 @@ def test_looking_ahead_leaves_optimizer_and_scheduler_alone(tmp_path):
     assert ends[0] == ends[1] == ends[2]
 
 
+def test_a_module_whose_method_is_the_schedule_is_not_copied(tmp_path):
+    class Module(LitSGD):
+        def rate(self, epoch):
+            return 0.5**epoch
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)]
+
+        def __deepcopy__(self, memo):
+            raise TypeError("this module cannot be copied")
+
+    method = GSM(sparsity=0.5, remove_dead=False)
+    fit(method, tmp_path, Module(), max_epochs=3)
+    assert method.forecast == pytest.approx(4 * (1 + 0.5 + 0.25) * 0.05 * 1e-2 / 0.1)
+
+
 def warnings_of(caplog, tmp_path, model, method=None, **options):
     caplog.clear()
     with caplog.at_level(logging.WARNING, "lightning_prune"):
