@@ -15,10 +15,15 @@ _HOME = {
     "count_flops": "lightning_prune.flops",
     "load_from_checkpoint": "lightning_prune.checkpoint",
     "explain": "lightning_prune.explanation",
+    "GSM": "lightning_prune.methods",
+    "GraSP": "lightning_prune.methods",
+    "LossModel": "lightning_prune.methods",
     "LowRank": "lightning_prune.methods",
     "Magnitude": "lightning_prune.methods",
     "Plan": "lightning_prune.structure.plan",
     "Random": "lightning_prune.methods",
+    "SNIP": "lightning_prune.methods",
+    "SynFlow": "lightning_prune.methods",
     "TRP": "lightning_prune.methods",
 }
 __all__ = list(_HOME)

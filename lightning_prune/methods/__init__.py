@@ -1,8 +1,13 @@
 """The methods, one paper each. ``__all__`` is the export list: recipes take methods from here and nowhere else."""
 
+from lightning_prune.methods.grasp import GraSP
+from lightning_prune.methods.gsm import GSM
+from lightning_prune.methods.loss_model import LossModel
 from lightning_prune.methods.low_rank import LowRank
 from lightning_prune.methods.magnitude import Magnitude
 from lightning_prune.methods.random import Random
+from lightning_prune.methods.snip import SNIP
+from lightning_prune.methods.synflow import SynFlow
 from lightning_prune.methods.trp import TRP
 
-__all__ = ["TRP", "LowRank", "Magnitude", "Random"]
+__all__ = ["GSM", "SNIP", "TRP", "GraSP", "LossModel", "LowRank", "Magnitude", "Random", "SynFlow"]
