@@ -3,7 +3,7 @@
 Ding, Ding, Zhou, Guo, Han and Liu, "Global Sparse Momentum SGD for Pruning Very Deep Neural Networks", NeurIPS 2019 (arXiv:1909.12778). In every
 step the ``Q`` weights with the largest ``t = |w * dL/dw|`` over the whole network are active, the others passive::
 
-    z <- beta z + eta w + B * dL/dw,    w <- w - alpha z,    B = [t >= the Q-th largest]              (eq. 6, 7)
+    z <- beta z + eta w + B * dL/dw,    w <- w - alpha z,    B = [t >= the Q-th largest]
 
 Active weights train as ever, passive ones only decay by weight decay ``eta``, which momentum ``beta`` makes ``1 / (1 - beta)`` times as fast; which
 are which is chosen anew in every step. At the end all but the ``Q`` largest weights are cut off; there is nothing to fine-tune, since they are nearly

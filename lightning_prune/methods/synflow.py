@@ -2,7 +2,7 @@
 
 Tanaka, Kunin, Yamins and Ganguli, "Pruning neural networks without any data by iteratively conserving synaptic flow", NeurIPS 2020
 (arXiv:2006.05467). With every tensor of the state dict replaced by its absolute value and the model in evaluation mode, ``R`` is the sum of the
-outputs on an all-ones input, and the score of a weight is ``|dR/dw * w|`` (eq. 5). In a network of positively homogeneous layers without biases
+outputs on an all-ones input, and the score of a weight is ``|dR/dw * w|``. In a network of positively homogeneous layers without biases
 the scores of every layer sum to ``R``, so no layer runs dry before the others; hence many rounds, of which the i-th keeps the share
 ``rho^(i / rounds)`` (algorithm 1).
 
