@@ -273,6 +273,19 @@ def test_the_cut_keeps_exactly_the_largest(options, tmp_path):
     assert method.plan.stages[-1].options["ratio"] == options.get("ratio")
 
 
+def test_units_that_die_of_the_cut_leave(tmp_path):
+    model, end, method = LitSGD(), End(), GSM(sparsity=0.97)
+    fit(method, tmp_path, model, end)
+    assert sum(p.numel() for p in model.parameters()) < sum(w.numel() for w in end.weights.values())
+    cut = LitSGD()
+    cut.load_state_dict(end.weights)
+    masks = {step.key: step.mask for step in method.plan.steps if step.action == "mask"}
+    for name, parameter in kernels(cut).items():
+        parameter.data *= masks[name]
+    x = loader().dataset.x
+    torch.testing.assert_close(model.eval()(x), cut.eval()(x), rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_is_held_at_zero_while_training(tmp_path):
     model, end = LitSGD(), End()
     fit(GSM(sparsity=0.9, remove_dead=False), tmp_path, model, end)
