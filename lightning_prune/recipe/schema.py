@@ -96,22 +96,26 @@ class Recipe:
 
     @property
     def dense(self) -> Stage | None:
-        """The last stage on the way to the result with no method in or before it: its model is the reference. None if there is none."""
-        before = [stage for stage in self.lineage if not self._compressed(stage)]
-        return before[-1] if before and before[-1] is not self.stages[-1] else None
+        """The stage whose model is the reference: the last one on the way to the result with no method in or before it.
+
+        Where the result is compressed from scratch, any such stage beside it; None if there is none.
+        """
+        candidates = self.lineage[:-1] or self.stages[:-1]
+        free = [stage for stage in candidates if not any(earlier.methods for earlier in self.lineage_of(stage))]
+        return free[-1] if free else None
 
     @property
     def lineage(self) -> tuple[Stage, ...]:
         """The stages that lead to the last one, first to last."""
+        return self.lineage_of(self.stages[-1])
+
+    def lineage_of(self, stage: Stage) -> tuple[Stage, ...]:
+        """Return the stages that lead to one, itself included, first to last."""
         by_name = {stage.name: stage for stage in self.stages}
-        line = [self.stages[-1]]
+        line = [stage]
         while line[0].start != SCRATCH:
             line.insert(0, by_name[line[0].start])
         return tuple(line)
-
-    def _compressed(self, stage: Stage) -> bool:
-        line = self.lineage
-        return any(earlier.methods for earlier in line[: line.index(stage) + 1])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe in JSON types, in the form that :func:`parse` reads."""

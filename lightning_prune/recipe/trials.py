@@ -123,8 +123,7 @@ def check(rows: Sequence[Trial], seed: int) -> None:
 
 def dense_stages(recipe: Recipe) -> tuple[Stage, ...]:
     """Return the stages that lead to the dense model, first to last; empty if the recipe has none."""
-    line = recipe.lineage
-    return line[: line.index(recipe.dense) + 1] if recipe.dense is not None else ()
+    return recipe.lineage_of(recipe.dense) if recipe.dense is not None else ()
 
 
 def _labels(names: Sequence[str]) -> list[str]:
