@@ -30,7 +30,7 @@ def select_weights(
     min_kept: int = 0,
     densities: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """Return which entries stay.
+    """Return which entries stay, boolean, on the CPU.
 
     Exactly ``count`` entries are removed. Those that are gone already come first, then the lowest scores; among equal ones those that stand
     first, tensor by tensor in the order of ``scores``, row-major.
@@ -74,8 +74,8 @@ def select_weights(
 
 
 def _ranked(score: Tensor, kept: Tensor, min_kept: int) -> Tensor:
-    """Return the scores in float64, -inf where an entry is gone, inf where it must stay."""
-    values = score.detach().double().masked_fill(~kept.to(score.device), -math.inf)
+    """Return the scores in float64 on the CPU, the same on every machine: -inf where an entry is gone, inf where it must stay."""
+    values = score.detach().cpu().double().masked_fill(~kept.cpu(), -math.inf)
     if min_kept > 0:
         flat = values.reshape(-1)
         best = flat.topk(min(min_kept, flat.numel())).indices

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lightning_prune.budget.weights import Scope, count_to_remove, select_weights
 from lightning_prune.callback.checks import check_choice, check_integer, nothing_to_change
@@ -16,15 +15,10 @@ from lightning_prune.errors import BudgetError, ModelError, OptionError
 from lightning_prune.structure.dead import bury
 from lightning_prune.structure.masks import cut_masks, masked
 from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.prunable import prunable_layers, prunable_weights
 from lightning_prune.structure.select import Pattern, select
 from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
 
-PRUNABLE = (
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-)  # their weights are sums over inputs; those of embeddings and norms are not
 ChooseWeights = Callable[[Task, Mapping[str, nn.Parameter], Mapping[str, Tensor], int], Mapping[str, Tensor]]
 
 
@@ -79,7 +73,7 @@ class WeightRemoval:
 
     def claim(self, model: nn.Module) -> set[str]:
         """Return the names of the layers that hold prunable weights and are selected."""
-        layers = {name: module for name, module in model.named_modules() if name and isinstance(module, PRUNABLE)}
+        layers = prunable_layers(model)
         return set(select(layers, self.include, self.exclude)) if layers else set()
 
     def met(self, task: Task) -> str | None:
@@ -101,25 +95,8 @@ class WeightRemoval:
             OptionError: If a pattern matches no layer.
             ModelError: If there is none; says why for every layer.
         """
-        claimed, model = self.claim(task.model), task.model
-        tensors: dict[str, nn.Parameter] = {}
-        alone: dict[str, str] = {}
-        seen: set[nn.Parameter] = set()
-        for name, module in model.named_modules():
-            if name not in claimed:
-                continue
-            own = {f"{name}.{key}": p for key, p in module.named_parameters(recurse=False) if p.ndim >= 2}
-            free = {key: p for key, p in own.items() if p.requires_grad}
-            if parametrize.is_parametrized(module):
-                alone[name] = (
-                    "its weight is computed from others (torch.nn.utils.parametrize), which a mask would not hold at zero; "
-                    "remove_parametrizations makes it a plain one"
-                )
-                continue
-            if not free:
-                alone[name] = "it is frozen" if own else "it holds no weight of its own"
-            tensors |= {key: p for key, p in free.items() if p not in seen}
-            seen |= set(free.values())
+        model = task.model
+        tensors, alone = prunable_weights(model, self.claim(model))
         if not tensors:
             raise nothing_to_change(self.method, alone)
         masks = cut_masks(model, task.plan)

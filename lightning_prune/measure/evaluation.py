@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.probe import FOREIGN, Probe
 from lightning_prune.structure.calls import as_calls
+from lightning_prune.structure.prunable import prunable_layers, prunable_weights
 from lightning_prune.structure.select import Pattern, select
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -133,12 +133,12 @@ def batch_size(batch: Any) -> int:
     return next((tensor.shape[0] for tensor in tensors), 1)
 
 
-def prunable_weights(
+def weights_of(
     model: nn.Module,
     include: Pattern | Sequence[Pattern] | None = None,
     exclude: Pattern | Sequence[Pattern] | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Return the weights of linear layers, convolutions, attention and recurrent layers, tied ones once, by full name.
+    """Return the weights of linear layers, convolutions, attention and recurrent layers, tied ones once, by full name; frozen ones too.
 
     Args:
         model: The model.
@@ -149,18 +149,12 @@ def prunable_weights(
         OptionError: If a pattern matches no layer.
         ModelError: If there is none.
     """
-    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    found: dict[nn.Parameter, str] = {}
-    for name, layer in select(layers, include, exclude).items():
-        for key, parameter in layer.named_parameters(name, recurse=False):
-            if parameter.ndim >= 2 and not parametrize.is_parametrized(layer):
-                found.setdefault(parameter, key)
+    found, _ = prunable_weights(model, select(prunable_layers(model), include, exclude), frozen=True)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no weights that could be pruned: no linear layer, convolution, attention or recurrent layer."
         )
-    return {key: parameter for parameter, key in found.items()}
+    return found
 
 
 def check_share(name: str, value: object, most: float = 1.0) -> float:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lightning_prune.budget.weights import select_weights
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.files import whole_file
-from lightning_prune.measure.evaluation import Evaluation, Loss, check_share, finite, prunable_weights
+from lightning_prune.measure.evaluation import Evaluation, Loss, check_share, finite, weights_of
 from lightning_prune.measure.picture import draw_curve
 from lightning_prune.structure.masks import masked
 from lightning_prune.structure.select import Pattern
@@ -191,7 +191,7 @@ def prunability(
     """
     _check(beta, abs_tol, mode, criterion)
     shares = sorted({1.0, *(check_share("grid", share) for share in grid)}, reverse=True)
-    weights = prunable_weights(model, include, exclude)
+    weights = weights_of(model, include, exclude)
     evaluation = Evaluation(model, data, loss, batches=batches)
     scores = _scores(weights, criterion, seed)
     everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_prune.budget.weights import select_weights
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.files import whole_file
-from lightning_prune.measure.evaluation import Evaluation, Loss, Metric, check_share, finite, prunable_weights
+from lightning_prune.measure.evaluation import Evaluation, Loss, Metric, check_share, finite, weights_of
 from lightning_prune.measure.picture import draw_map
 from lightning_prune.structure.calls import as_calls
 from lightning_prune.structure.groups import Group, Structure, find_units
@@ -176,7 +176,7 @@ def sensitivity(
 
 def _weights(model: nn.Module, include: Any, exclude: Any) -> Iterator[tuple[str, int, Removal]]:
     """Yield every weight tensor with its size and a context in which a share of it is zero."""
-    for name, weight in prunable_weights(model, include, exclude).items():
+    for name, weight in weights_of(model, include, exclude).items():
         yield name.removesuffix(".weight"), weight.numel(), _smallest(name, weight)
 
 

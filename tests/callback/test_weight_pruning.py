@@ -11,10 +11,10 @@ from torch.nn.utils import parametrizations
 
 from lightning_prune import LowRank, Magnitude, Random, compress, load_from_checkpoint
 from lightning_prune.callback import rehearse
-from lightning_prune.callback.weights import PRUNABLE
 from lightning_prune.errors import BudgetError, ModelError, OptionError
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.masks import Masks, cut_masks
+from lightning_prune.structure.prunable import prunable_layers
 
 X = torch.randn(2, 1, 8, 8)
 OPTIMIZERS = {
@@ -34,7 +34,7 @@ class Net(LitNet):
 
 
 def weights_of(model):
-    return {name: m.weight for name, m in model.named_modules() if isinstance(m, PRUNABLE)}
+    return {name: m.weight for name, m in prunable_layers(model).items()}
 
 
 def zeros(model):
