@@ -201,11 +201,13 @@ ZOO: dict[str, Entry] = {
     **{
         f"timm.{name}": _timm(name, "cnn")
         for name in (
-            *("seresnet18", "res2net50_26w_4s", "skresnet18", "resnest14d"),
+            *("seresnet18", "res2net50_26w_4s", "resnest14d"),
             *("hrnet_w18_small", "dla34", "cspresnet50", "xception41", "selecsls42b", "ghostnet_100", "regnety_002"),
             *("repvgg_a0", "mixnet_s", "convnext_atto", "poolformer_s12", "inception_next_atto", "tresnet_m"),
         )
     },
+    # its blocks split what they are given by a number that they compute, in_channels // num_paths
+    "timm.skresnet18": replace(_timm("skresnet18", "cnn"), share=0.9),
     # a convolution over neighbouring channels holds them in their places
     "timm.ecaresnet26t": replace(_timm("ecaresnet26t", "cnn"), share=0.85),
     # weights that are standardized over their inputs change with every input that leaves
