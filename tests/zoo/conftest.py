@@ -11,7 +11,7 @@ from tests.zoo.schemas import define_schemas
 
 define_schemas()  # before anything imports torchvision, as torchmetrics does where it is installed
 
-_ROWS = pytest.StashKey[list[Row]]()
+_ROWS: list[Row] = []  # of the process that prints; tests may run in others
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def expected(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Refusals], Refusals]]:
     """Return a function that gives the expected refusals of a network; with ``--write-expected`` they are what is found."""
     write = request.config.getoption("--write-expected", default=False)
+    if write and hasattr(request.config, "workerinput"):
+        raise pytest.UsageError("--write-expected writes one file: run it without -n")
     known = read_expected()
 
     def of(name: str, found: Refusals) -> Refusals:
@@ -37,15 +39,20 @@ def expected(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Refusals
 
 
 @pytest.fixture
-def row(request: pytest.FixtureRequest) -> Row:
+def row(request: pytest.FixtureRequest) -> Iterator[Row]:
     """Return the line of the table for the network under test, to be filled."""
-    rows = request.config.stash.setdefault(_ROWS, [])
-    rows.append(Row(request.node.callspec.params["name"]))
-    return rows[-1]
+    line = Row(request.node.callspec.params["name"])
+    yield line
+    request.node.user_properties.append(("row", dataclasses.astuple(line)))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash.get(_ROWS, [])
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "teardown":
+        _ROWS.extend(Row(*values) for key, values in report.user_properties if key == "row")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = sorted(_ROWS, key=lambda row: list(ZOO).index(row.name))
     if not rows:
         return
     titles = [field.name for field in dataclasses.fields(Row)]
