@@ -151,6 +151,8 @@ def draw_kept(rows: list[dict[str, Any]]) -> Any:
     axes.set_xlabel(
         "weights kept, %" + (f" (the {len(shown)} least of {len(changed)})" if len(shown) < len(changed) else "")
     )
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it would move the axes a little in every drawing, and loggers draw one each
     return figure
 
 
