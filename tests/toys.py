@@ -37,8 +37,13 @@ class ToyMask(Compression):
 
 
 USUAL = {"structured": True, "flops": 0.5, "align": 1, "every_n_steps": 3, "nuclear": 3e-3}
+GRADUALLY = {"until_epoch": 3}  # masks at the start of epochs 0, 1 and 2
+WEIGHTS = {"structured": False, "flops": None, "sparsity": 0.5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Magnitude-gradually": ("Magnitude", {"until_epoch": 3}),  # masks at the start of epochs 0, 1 and 2
+    "Magnitude-gradually": ("Magnitude", GRADUALLY),
+    "Magnitude-weights": ("Magnitude", WEIGHTS),
+    "Magnitude-weights-gradually": ("Magnitude", WEIGHTS | GRADUALLY),
+    "Random-weights": ("Random", WEIGHTS),
 }
 NAMES = [*methods.__all__, *VARIANTS, "ToyMask"]
 
@@ -60,13 +65,17 @@ def make(name: str, **options: Any) -> Compression:
     return kind(**(usual | options))  # type: ignore[no-any-return]
 
 
+HOOKS = ("on_step_begin", "on_gradients", "on_stepped")
+
+
 def _kinds() -> list[Any]:
-    """Return all names; those after the first of a kind, the same base, what leaves and when, are left to the exhaustive run."""
+    """Return all names; those after the first of a kind, the same base, what leaves, when and how, are left to the exhaustive run."""
     found, known = [], set()
     for name in NAMES:
         method = make(name)
-        bases = type(method).__mro__
-        kind = (bases[bases.index(Compression) - 1], method.gradual, getattr(method, "structured", None))
+        bases, hooks = type(method).__mro__, [getattr(type(method), hook) for hook in HOOKS]
+        leaves = type(getattr(method, "removal", None))
+        kind = (bases[bases.index(Compression) - 1], leaves, method.gradual, *hooks)
         found.append(pytest.param(name, marks=[pytest.mark.exhaustive] if kind in known else []))
         known.add(kind)
     return found
