@@ -42,7 +42,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
     Attention runs as plain products and recurrent layers without cuDNN, since their fused kernels can be differentiated only once; dropout is off,
     since a gradient and its derivative must be of one function; autocast is off and a model of half precision is cast to float32, since gradients
-    of a nearly flat softmax underflow. Everything is put back.
+    of a nearly flat softmax underflow. Everything is put back. Kernels are a setting of the process: one thread at a time may be inside.
 
     Args:
         model: The model, in the mode it shall be scored in.

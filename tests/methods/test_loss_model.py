@@ -1,11 +1,12 @@
 """Loss modelling: its formulas on a quadratic loss, whole runs against a twin in float64 that loops over samples, what a user may do wrong."""
 
 import itertools
-import threading
+import multiprocessing
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from lit import LitNet, loader, trainer
 from torch import nn
 from torch.nn import functional as F
@@ -304,31 +305,35 @@ def test_a_shuffled_loader_gives_other_samples_in_every_round(model):
     assert len(set(firsts)) == 4
 
 
-def test_two_ranks_meet_once_per_round_and_equal_one_process_on_all_samples(model):
-    parts = [BATCHES[:1], BATCHES[1:]]
-    barrier, box, calls, found = threading.Barrier(2, timeout=60), {}, [], {}
+def rank_masks(rank, folder, model, data):
+    """Choose by one rank's share of the batches; save the masks and the sizes of the collectives."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    sizes = []
 
-    def rank(number):
-        def mean(tensor):
-            calls.append(tensor.shape)
-            box[number] = tensor
-            barrier.wait()
-            average = (box[0] + box[1]) / 2
-            barrier.wait()
-            return average
+    def mean(tensor):
+        sizes.append(len(tensor))
+        dist.all_reduce(tensor)
+        return tensor / 2
 
-        twin = net().double()
-        twin.load_state_dict(model.state_dict())
-        found[number] = chosen(LossModel(0.75, steps=4), twin, parts[number], mean=mean)
+    masks = chosen(LossModel(0.75, steps=4), model, data[rank], mean=mean)
+    torch.save((flat(masks), sizes), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+
+def test_two_ranks_meet_once_per_round_and_equal_one_process_on_all_samples(model, tmp_path):
+    """Processes, not threads: which kernels attention may use is a setting of the whole process, and put back in the order of entry."""
+    fork, shares = multiprocessing.get_context("fork"), [BATCHES[:1], BATCHES[1:]]
+    ranks = [fork.Process(target=rank_masks, args=(rank, tmp_path, model, shares)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
     one = flat(chosen(LossModel(0.75, steps=4), model))
-    entries = len(one)
-    assert torch.equal(flat(found[0]), one)
-    assert torch.equal(flat(found[1]), one)
-    assert calls == [torch.Size([entries + 1])] * 8
+    for rank in (0, 1):
+        masks, sizes = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(masks, one)
+        assert sizes == [len(one) + 1] * 4
 
 
 def test_gradient_and_curvature_travel_together(model):
