@@ -86,13 +86,23 @@ def test_two_ranks_equal_one_process_on_all_of_the_data(run_jobs, tmp_path, meth
     codes, text = run_jobs([*both, single])
     assert codes == [0, 0, 0], text
     two, one = (torch.load(tmp_path / name, weights_only=True) for name in ("rank0.pt", "one.pt"))
-    steps = [[{k: v for k, v in s.items() if k != "bits"} for s in json.loads(r["plan"])["steps"]] for r in (one, two)]
-    assert steps[0] == steps[1]
+    steps = [json.loads(result["plan"])["steps"] for result in (one, two)]
+    assert steps[0] == steps[1]  # masks bit for bit, too
     # Functions are compared, not factors: two singular vectors of nearly equal values turn into each other at a breath.
     x = torch.randn(64, 1, 8, 8, dtype=torch.float64)
     outputs = [built(result)(x) for result in (one, two)]
     torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-8)
     assert outputs[0].std() > 0.1
+
+
+@pytest.mark.parametrize(("method", "count"), [("GraSP", 2), ("SNIP", 1), ("Magnitude-weights", 0)])
+def test_choosing_weights_takes_so_many_collectives(run_jobs, tmp_path, method, count):
+    sizes = str(tmp_path / "rank{rank}.json")
+    codes, text = run_jobs(ranks(tmp_path, method=method, call="fit_with_collectives_counted", epochs=1, sizes=sizes))
+    assert codes == [0, 0], text
+    weights = sum(p.numel() for p in LitNet().parameters() if p.ndim >= 2)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [weights] * count
 
 
 @pytest.mark.parametrize("method", NAMES)

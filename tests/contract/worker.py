@@ -16,12 +16,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from lit import LitNet, Points, loader, trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers.logger import Logger
 from torch.utils.data import DataLoader, Subset
-from toys import make
+from toys import kind_of, make
 
+from lightning_prune import methods
 from lightning_prune.structure.carrier import plan_of
 
 LIMIT = 100  # seconds after which a job counts as hanging
@@ -115,6 +117,27 @@ def fit_with_another_option_on_rank_1(method: str, **arguments: Any) -> None:
     """Fit with a callback that is configured otherwise on rank 1."""
     option = {"ToyMask": {"sparsity": 0.4}}.get(method, {"exclude": "net.10"})
     fit(method=method, method_options=option if os.environ["RANK"] == "1" else None, **arguments)
+
+
+def fit_with_collectives_counted(method: str, sizes: str, **arguments: Any) -> None:
+    """Fit, and write the number of entries of every all-reduce that the choice of weights took to ``sizes``."""
+    kind, reduce, found = getattr(methods, kind_of(method)), dist.all_reduce, []
+    choose = kind.choose_weights
+
+    def counted(tensor: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        found.append(tensor.numel())
+        return reduce(tensor, *rest, **options)
+
+    def choosing(*given: Any) -> Any:
+        dist.all_reduce = counted
+        try:
+            return choose(*given)
+        finally:
+            dist.all_reduce = reduce
+
+    kind.choose_weights = choosing  # of this process alone
+    fit(method=method, **arguments)
+    Path(sizes.format(rank=os.environ["RANK"])).write_text(json.dumps(found))
 
 
 def run(path: Path) -> list[int | None]:
