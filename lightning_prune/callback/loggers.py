@@ -3,18 +3,19 @@
 import csv
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from torch import Tensor
 
 from lightning_prune.callback.task import Task
 from lightning_prune.files import write_text
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.masks import cut_masks
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.steps import MaskWeight, Step
+from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
 
 if TYPE_CHECKING:
     from lightning_prune.callback.compression import Compression
@@ -48,13 +49,31 @@ def cost_facts(task: Task) -> dict[str, float]:
 
 
 def layer_facts(plan: Plan) -> dict[str, float]:
-    """Return per changed layer the share kept and what else its step says."""
+    """Return per changed layer the share kept and what else its step says; of a mask what later cuts of the layer have left of it."""
     facts: dict[str, float] = {}
-    for step in plan.steps:
+    masked: set[str] = set()
+    for place, step in enumerate(plan.steps):
         name = _name(step)
-        facts[f"kept/{name}"] = facts.get(f"kept/{name}", 1.0) * step.summary()["kept"]
-        facts |= {f"{fact}/{name}": value for fact, value in step.facts().items()}
+        if isinstance(step, MaskWeight):
+            mask = _left(step, plan.steps[place + 1 :])
+            kept = int(mask.sum()) / max(1, step.mask.numel())
+            step_facts = MaskWeight.of(step.module, step.parameter, mask).facts()
+            masked.add(name)
+        else:
+            kept = 1.0 if name in masked else step.summary()["kept"]
+            step_facts = step.facts()
+        facts[f"kept/{name}"] = facts.get(f"kept/{name}", 1.0) * kept
+        facts |= {f"{fact}/{name}": value for fact, value in step_facts.items()}
     return facts
+
+
+def _left(step: MaskWeight, later: Sequence[Step]) -> Tensor:
+    """Return a mask in the shape that later cuts of its parameter leave."""
+    mask = step.mask
+    for cutting in later:
+        if isinstance(cutting, KeepChannels) and cutting.module == step.module and step.parameter in cutting.tensors:
+            mask = cutting.tensors[step.parameter].select(mask)
+    return mask
 
 
 def _name(step: Step) -> str:

@@ -27,7 +27,8 @@ from lightning_prune.methods import LowRank
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.factorized import Factorized
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.steps import MaskWeight
+from lightning_prune.structure.steps import KeepChannels, MaskWeight
+from lightning_prune.structure.steps.cut import Cut
 
 PLACE = "compression/"
 
@@ -167,8 +168,9 @@ def test_scalars_are_what_the_model_says(told):
             expected[f"kept/net.{name}"] = sizes[0] / sizes[1]
             expected[f"rank/net.{name}"] = module.second.weight.shape[1]
         elif isinstance(module, nn.Conv2d | nn.Linear) and (module.weight == 0).any():
-            share = (module.weight != 0).double().mean().item()
-            expected |= {f"kept/net.{name}": share, f"sparsity/net.{name}": 1 - share}
+            alive = int((module.weight != 0).sum())
+            expected[f"kept/net.{name}"] = alive / before.weight.numel()  # of the dense layer's
+            expected[f"sparsity/net.{name}"] = 1 - alive / module.weight.numel()  # of those still there
         elif sizes[0] != sizes[1]:  # of the tensors that channels have left, not of those that stay whole
             pairs = zip(module.state_dict().values(), before.state_dict().values(), strict=True)
             cut = [(new.numel(), old.numel()) for new, old in pairs if new.shape != old.shape]
@@ -271,6 +273,13 @@ def test_two_masks_of_one_layer_are_told_apart():
     plan = Plan((MaskWeight.of("net.0", "weight", halves), MaskWeight.of("net.0", "bias", quarters)))
     facts = {"kept/net.0": 0.5, "sparsity/net.0": 0.5, "kept/net.0.bias": 0.25, "sparsity/net.0.bias": 0.75}
     assert loggers.layer_facts(plan) == facts
+
+
+def test_a_unit_that_leaves_after_a_mask_counts_once():
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    rows = Cut.of((3, 2), {0: torch.tensor([True, False, True])})
+    plan = Plan((MaskWeight.of("net.0", "weight", mask), KeepChannels("net.0", {"weight": rows})))
+    assert loggers.layer_facts(plan) == {"kept/net.0": 3 / 6, "sparsity/net.0": 1 / 4}
 
 
 def test_a_reason_with_bars_and_line_ends_stays_in_its_cell():
