@@ -35,6 +35,7 @@ from lightning_prune.files import whole_file
 from lightning_prune.flops import count_flops
 from lightning_prune.structure.calls import Call
 from lightning_prune.structure.carrier import plan_of
+from lightning_prune.structure.masks import cut_masks
 from lightning_prune.structure.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -164,12 +165,15 @@ def _metadata(twin: nn.Module, plan: Plan, call: Inputs, provenance: Mapping[str
         json.dumps(given, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise OptionError(f"provenance holds JSON types only: {error}.") from error
+    parameters = sum(parameter.numel() for parameter in twin.parameters())
+    masked = sum(int((~mask).sum()) for mask in cut_masks(twin, plan).values()) if plan else 0
     return {
         "version": VERSION,
         "plan": json.loads(plan.to_json()) if plan else None,
         "provenance": given,
         "model": type(twin).__name__,
-        "parameters": sum(parameter.numel() for parameter in twin.parameters()),
+        "parameters": parameters,
+        "unmasked": parameters - masked,
         "buffers": sum(buffer.numel() for buffer in twin.buffers()),
         "flops": _flops(twin, call),
     }

@@ -84,6 +84,11 @@ class OnnxFile:
         return int(self.metadata.get("parameters", self.numbers))
 
     @property
+    def unmasked(self) -> int:
+        """Number of the model's parameters that no mask of its plan holds at zero."""
+        return int(self.metadata.get("unmasked", self.parameters))
+
+    @property
     def flops(self) -> float | None:
         """Multiply-adds per example as counted at export; None if unknown."""
         counted = self.metadata.get("flops")

@@ -27,7 +27,7 @@ class Report:
         created: Time of the validation, UTC, ISO 8601.
         provider: ``requested``, ``ran``, ``require_gpu``, ``settings``, ``complaint``.
         machine: See :func:`lightning_prune.export.machine.describe_machine`.
-        models: ``torch``, ``dense``, ``compact``: ``file bytes parameters flops opset metric`` as far as known.
+        models: ``torch``, ``dense``, ``compact``: ``file bytes parameters unmasked flops opset metric`` as far as known.
         outputs: Outputs of the compact file against torch, one record each
             (:class:`lightning_prune.export.outputs.OutputDifference`); empty where no torch model was given.
         metric: ``name``, ``higher_is_better``, ``drop`` against the dense file; None without a metric.
@@ -109,10 +109,12 @@ class Report:
     def rows(self) -> list[tuple[str, ...]]:
         """Return the figures side by side: quantity, dense, compact, change."""
         dense, compact = self.models.get("dense", {}), self.models["compact"]
+        masked = compact.get("unmasked") not in (None, compact.get("parameters"))
         rows = [
             _row(label, dense.get(key), compact.get(key), form)
             for label, key, form in (
                 ("parameters", "parameters", _count),
+                *([("of them not masked", "unmasked", _count)] if masked else []),
                 ("FLOPs per example", "flops", _count),
                 ("file", "bytes", _size),
             )

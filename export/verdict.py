@@ -109,6 +109,7 @@ def _models(
             "file": file.path.name,
             "bytes": file.bytes,
             "parameters": file.parameters,
+            "unmasked": file.unmasked,
             "numbers": file.numbers,
         }
         models[name] = {**described, "flops": file.flops, "opset": file.opset, "metric": values.get(name)}

@@ -1,6 +1,7 @@
 """Base of the methods that remove single weights: masks of exact size, and the units that die of them."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.prunable import prunable_layers, prunable_weights
 from lightning_prune.structure.select import Pattern, select
 from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
+
+log = logging.getLogger(__name__)
 
 ChooseWeights = Callable[[Task, Mapping[str, nn.Parameter], Mapping[str, Tensor], int], Mapping[str, Tensor]]
 
@@ -149,6 +152,14 @@ class WeightRemoval:
     def plan(self, task: Task, scores: Weights, steps: tuple[Step, ...]) -> Plan:
         """Return the masks and the removal of units that died of them."""
         alone = dict(scores.alone)
+        empty = [name for name, mask in scores.kept.items() if not bool(mask.any())]
+        if empty:
+            log.warning(
+                "%s(sparsity=%s) leaves no weight of %s: what comes before is cut off from the output. Lower sparsity, give min_kept=, or scope='erk'.",
+                self.method,
+                self.sparsity,
+                ", ".join(map(repr, empty)),
+            )
         whole = {key.rpartition(".")[0] for key in scores.tensors} - {step.module for step in steps}
         alone |= dict.fromkeys(sorted(whole - set(alone)), "all of its weights stay")
         if self.remove_dead and steps:

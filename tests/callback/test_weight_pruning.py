@@ -234,3 +234,11 @@ def test_random_weights_follow_the_seed_and_the_densities_of_another_method(tmp_
         compress(LitNet(), Random(sparsity=0.6, densities={"nowhere": 0.5}), X)
     with pytest.raises(OptionError, match="densities"):
         Random(sparsity=0.6, densities={"net.0": 2})
+
+
+def test_a_tensor_that_loses_all_its_weights_is_named(caplog):
+    compress(LitNet(), Magnitude(sparsity=0.97), X)
+    assert "leaves no weight of 'net.8.weight'" in caplog.text
+    caplog.clear()
+    compress(LitNet(), Magnitude(sparsity=0.9, min_kept=1), X)
+    assert "leaves no weight" not in caplog.text

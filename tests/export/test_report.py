@@ -1,5 +1,6 @@
 import base64
 import copy
+import dataclasses
 import errno
 import io
 import json
@@ -193,3 +194,10 @@ def test_importing_the_package_needs_no_runtime():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_file_with_masks_says_how_many_parameters_no_mask_holds_at_zero(report):
+    compact = report.models["compact"]
+    masked = dataclasses.replace(report, models={**report.models, "compact": {**compact, "unmasked": 250}})
+    assert "of them not masked" not in [row[0] for row in report.rows()]
+    assert ("of them not masked", "", "250", "") in masked.rows()
