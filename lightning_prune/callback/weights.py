@@ -155,7 +155,7 @@ class WeightRemoval:
         empty = [name for name, mask in scores.kept.items() if not bool(mask.any())]
         if empty:
             log.warning(
-                "%s(sparsity=%s) leaves no weight of %s: what comes before is cut off from the output. Lower sparsity, give min_kept=, or scope='erk'.",
+                "%s(sparsity=%s) leaves no weight of %s: what comes before is cut off. Lower sparsity, give min_kept=, or scope='erk'.",
                 self.method,
                 self.sparsity,
                 ", ".join(map(repr, empty)),
