@@ -99,12 +99,17 @@ def losses_of(probe: Probe, chunks: Sequence[Any], loss: Callable[[Any, int], Te
     def losses() -> Iterator[Tensor]:
         for index, chunk in enumerate(chunks):
             torch.manual_seed(index)  # what noise the user's code makes is one function of the weights in all passes
-            yield _own_loss(probe, loss, chunk, index)
+            yield loss_alone(probe, loss, chunk, index)
 
     return losses
 
 
-def _own_loss(probe: Probe, loss: Callable[[Any, int], Tensor], chunk: Any, index: int) -> Tensor:
+def loss_alone(probe: Probe, loss: Callable[[Any, int], Tensor], chunk: Any, index: int) -> Tensor:
+    """Return ``loss(chunk, index)``, a scalar with its graph.
+
+    Raises:
+        ModelError: If the model optimizes manually and its training step gives no loss alone; says what to give instead.
+    """
     try:
         return loss(chunk, index)
     except FOREIGN as error:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.budget.weights import Scope, select_weights
+from lightning_prune.callback.batches import loss_alone
 from lightning_prune.callback.checks import check_choice, check_integer
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.weights import WeightPruning, check_scores
@@ -237,7 +238,7 @@ class LossModel(WeightPruning):
         """Return how many samples a batch has, and gradient and curvature of its loss, those that the order needs."""
         weights, found = newton.weights, {}
         with self._outputs(task.model) as outputs, recorded(weights if self.by_sample else {}) as products:
-            loss = task.probe.loss(batch, index)
+            loss = loss_alone(task.probe, task.probe.loss, batch, index)
         if self.by_sample:
             z = self._only(outputs)
             found["curvature"] = newton.diagonal(products, z, self._cotangents(loss, z, generator))

@@ -199,6 +199,10 @@ def test_manual_optimization_with_two_optimizers(name, tmp_path):
             return [torch.optim.SGD(rest, lr=0.05), torch.optim.Adam(head, lr=0.01)]
 
     model = Manual()
+    if kind_of(name) in ("GraSP", "LossModel", "SNIP"):  # they score by the loss, which this step does not return
+        with pytest.raises(ModelError, match=r"optimizes manually.*Give a loss of its own"):
+            fit(model, make(name), tmp_path)
+        return
     fit(model, make(name), tmp_path)
     assert_compressed(model)
 
