@@ -287,6 +287,7 @@ class Compression(Callback):
         keep_rates(trainer.optimizers, self._rates)
         self._rates = []
         masks = Masks(pl_module, plan_of(pl_module))
+        masks.apply_()  # they may have trained without a callback that holds them
         owners = self._owners(trainer, pl_module)
 
         def stepped(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -13,12 +13,15 @@ from lightning_prune.callback.checks import check_choice, check_integer, nothing
 from lightning_prune.callback.masking import Masking, Schedule
 from lightning_prune.callback.task import Task
 from lightning_prune.errors import BudgetError, ModelError, OptionError
-from lightning_prune.structure.dead import bury
+from lightning_prune.structure.dead import bury, has_empty_slice
+from lightning_prune.structure.factorized import build_factorized
+from lightning_prune.structure.layers import layer_from
 from lightning_prune.structure.masks import cut_masks, masked
 from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.preserve import preserved
 from lightning_prune.structure.prunable import prunable_layers, prunable_weights
 from lightning_prune.structure.select import Pattern, select
-from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
+from lightning_prune.structure.steps import Factorize, KeepChannels, MaskWeight, Step
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +37,14 @@ class Weights:
         kept: True where an entry has not been masked, by name, boolean.
         gone: Entries that earlier stages have cut off.
         alone: Layers that are selected and have no prunable weight, with the reason.
+        statistics: Buffers of batch normalization in the masked model, by full name; empty where they were not estimated.
     """
 
     tensors: Mapping[str, nn.Parameter]
     kept: Mapping[str, Tensor]
     gone: int
     alone: Mapping[str, str]
+    statistics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def entries(self) -> int:
@@ -64,6 +69,7 @@ class WeightRemoval:
         remove_dead: Whether units that die are cut off.
         include: Layers to take.
         exclude: Layers to leave alone.
+        recalibrate_bn: Batches to estimate the statistics of batch normalization from.
     """
 
     method: str
@@ -73,6 +79,7 @@ class WeightRemoval:
     remove_dead: bool
     include: Pattern | Sequence[Pattern] | None
     exclude: Pattern | Sequence[Pattern] | None
+    recalibrate_bn: int
 
     def claim(self, model: nn.Module) -> set[str]:
         """Return the names of the layers that hold prunable weights and are selected."""
@@ -129,7 +136,7 @@ class WeightRemoval:
         """Choose which weights stay; every rank comes to the same."""
         now = _with(found, pending)
         if share is None:
-            return now
+            return self._estimated(task, now)
         self.check(task, found)
         target = count_to_remove(self.sparsity, found.entries)
         start = found.removed  # before this fit
@@ -137,7 +144,17 @@ class WeightRemoval:
         with masked(dict(now.tensors), now.kept):
             stays = self.choose(task, now.tensors, now.kept, max(count, now.removed - now.gone))
         kept = {key: stays[key].to(mask.device) & mask for key, mask in now.kept.items()}
-        return dataclasses.replace(now, kept=kept)
+        chosen = dataclasses.replace(now, kept=kept)
+        return self._estimated(task, chosen) if share == 1 else chosen
+
+    def _estimated(self, task: Task, weights: Weights) -> Weights:
+        """Estimate the statistics of batch normalization of the masked model, where units may be dead: their constants depend on them."""
+        if not self.remove_dead or task.probe.data is None or not has_empty_slice(weights.kept):
+            return weights
+        with masked(dict(weights.tensors), weights.kept), preserved(task.model, parameters=True):
+            task.probe.recalibrate(self.recalibrate_bn, task.calls)
+            found = {name: buffer.clone() for name, buffer in task.model.named_buffers() if "running_" in name}
+        return dataclasses.replace(weights, statistics=found)
 
     def steps(self, task: Task, scores: Weights, share: float | None) -> tuple[Step, ...]:
         """Return a mask for every tensor that has lost entries."""
@@ -163,7 +180,9 @@ class WeightRemoval:
         whole = {key.rpartition(".")[0] for key in scores.tensors} - {step.module for step in steps}
         alone |= dict.fromkeys(sorted(whole - set(alone)), "all of its weights stay")
         if self.remove_dead and steps:
-            with masked(dict(scores.tensors), scores.kept):
+            with masked(dict(scores.tensors), scores.kept), preserved(task.model, parameters=True):
+                for name, values in scores.statistics.items():
+                    task.model.get_buffer(name).copy_(values)
                 steps += bury(task.model, task.calls, dict(scores.kept))
         changed = {step.module for step in steps}
         return Plan(steps, {name: reason for name, reason in alone.items() if name not in changed})
@@ -181,9 +200,17 @@ def _with(found: Weights, pending: Sequence[Step]) -> Weights:
 
 
 def _cut_off(plan: Plan, names: set[str]) -> int:
-    """Return how many entries of the named tensors earlier stages have cut off."""
-    cuts = [(s.key(name), c) for s in plan.steps if isinstance(s, KeepChannels) for name, c in s.tensors.items()]
-    return sum(_size(cut.shape) - _size(cut.after) for key, cut in cuts if key in names)
+    """Return how many entries of the dense model's weights earlier stages have cut off or factorized away, of those that became ``names``."""
+    gone = 0
+    for step in plan.steps:
+        if isinstance(step, KeepChannels):
+            cuts = (cut for name, cut in step.tensors.items() if step.key(name) in names)
+            gone += sum(_size(cut.shape) - _size(cut.after) for cut in cuts)
+        elif isinstance(step, Factorize) and any(name.startswith(f"{step.module}.") for name in names):
+            dense = layer_from(step.before, device="meta")
+            factors = build_factorized(dense, step.kind, step.rank)
+            gone += dense.weight.numel() - sum(p.numel() for p in factors.parameters() if p.ndim >= 2)
+    return gone
 
 
 def _size(shape: Sequence[int]) -> int:
@@ -281,6 +308,7 @@ class _Options(Protocol):
     remove_dead: bool
     include: Pattern | Sequence[Pattern] | None
     exclude: Pattern | Sequence[Pattern] | None
+    recalibrate_bn: int
 
 
 def weight_removal(method: _Options, choose: ChooseWeights, sparsity: object) -> WeightRemoval:
@@ -305,7 +333,14 @@ def weight_removal(method: _Options, choose: ChooseWeights, sparsity: object) ->
     check_integer(method, "min_kept", 0)
     check_choice(method, "remove_dead", (True, False))
     return WeightRemoval(
-        name, choose, float(sparsity), method.min_kept, method.remove_dead, method.include, method.exclude
+        method=name,
+        choose=choose,
+        sparsity=float(sparsity),
+        min_kept=method.min_kept,
+        remove_dead=method.remove_dead,
+        include=method.include,
+        exclude=method.exclude,
+        recalibrate_bn=method.recalibrate_bn,
     )
 
 

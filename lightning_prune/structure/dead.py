@@ -2,7 +2,9 @@
 
 What nobody reads leaves as it is. What nobody writes is a constant, made of biases and normalizations alone: it is observed where it is read, and
 moves into the bias of the reader (:class:`~lightning_prune.structure.steps.AbsorbConstants`). Where that would not be exact, beside zero padding or
-without a bias, the unit stays unless its constant is zero. That no output changes is seen to by running the model before and after.
+without a bias, the unit stays unless its constant is zero; also where it is another constant in train mode than in eval mode, which batch
+normalization makes of it until its statistics are those of the masked model. Units that an operation without a weight reads, such as a norm over all
+channels, never die. That no output changes is seen to by running the model before and after, in both modes.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from lightning_prune.structure.calls import Call
 from lightning_prune.structure.groups import Slot, Structure, find_units
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.preserve import preserved
-from lightning_prune.structure.proof import Proof
+from lightning_prune.structure.proof import FAILURES, Mode, Proof, drop_nothing
 from lightning_prune.structure.removal import removal_steps
 from lightning_prune.structure.steps import AbsorbConstants, Step
 from lightning_prune.structure.surgery import mask_
@@ -28,18 +30,20 @@ from lightning_prune.structure.trials import try_sizes
 log = logging.getLogger(__name__)
 
 Flags = NDArray[np.bool_]
+_MODES: tuple[Mode, ...] = ("eval", "train")
+_ALIKE = 1e-5  # share of the largest input by which a constant may vary: batch normalization divides rounding by a spread of zero
 
 
 def bury(model: nn.Module, calls: Sequence[Call], masks: Mapping[str, Tensor]) -> tuple[Step, ...]:
     """Return the steps that remove dead units.
 
     Args:
-        model: The model, masked entries zero; left as it is.
+        model: The model, masked entries zero, the statistics of its batch normalization those of the masked model; left as it is.
         calls: The calls that stand for it.
         masks: False where an entry is masked, by name of the parameter, boolean; parameters that are missing are whole.
     """
     arrays = {name: mask.cpu().numpy() for name, mask in masks.items()}
-    if not any(_has_empty_slice(mask) for mask in arrays.values()):
+    if not has_empty_slice(masks):
         return ()
     try:
         structure = try_sizes(model, calls, find_units(model, calls))
@@ -75,8 +79,10 @@ def dead_units(structure: Structure, masks: Mapping[str, Flags]) -> tuple[Flags,
     """
     unwritten, unread = np.zeros(structure.count, bool), np.zeros(structure.count, bool)
     tensors = {name: slots for name, slots in structure.by_tensor.items() if len(structure.shapes[name]) >= 2}
+    mixed = np.zeros(structure.count, bool)
+    mixed[structure.mixed] = True
     while True:
-        alive = {"written": np.zeros(structure.count, bool), "read": np.zeros(structure.count, bool)}
+        alive = {"written": mixed.copy(), "read": mixed.copy()}
         has = {"written": np.zeros(structure.count, bool), "read": np.zeros(structure.count, bool)}
         stays = np.append(~(unwritten | unread), True)
         for name, slots in tensors.items():
@@ -109,8 +115,9 @@ def _others(slot: Slot, ndim: int) -> tuple[int, ...]:
     return tuple(axis for axis in range(ndim) if axis not in own)
 
 
-def _has_empty_slice(mask: Flags) -> bool:
-    return any(not mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)).all() for axis in (0, 1))
+def has_empty_slice(masks: Mapping[str, Tensor]) -> bool:
+    """Tell whether a row or column of a weight is masked altogether; without one, no unit can be dead."""
+    return any(not bool(mask.transpose(0, axis).flatten(1).any(1).all()) for mask in masks.values() for axis in (0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +152,11 @@ class _Constants:
                 continue
             rest = structure.absorbed[tensor].value if tensor in structure.absorbed else 0.0
             low, high = found
-            rounding = 16 * torch.finfo(low.dtype).eps * torch.maximum(low.abs(), high.abs())
-            same = (high - low <= rounding).tolist()
+            same = (high - low <= _ALIKE * torch.maximum(low.abs(), high.abs()).max()).tolist()
             inputs[name] = slot.units
             for index in np.flatnonzero(np.isin(slot.units, read)).tolist():
                 unit = int(slot.units[index])
-                constant = float(low[index])
+                constant = float(low[index] + high[index]) / 2
                 if not same[index] or (constant != rest and not _has_free_bias(module)):
                     absorbable[unit] = False
                 elif constant != rest:
@@ -203,7 +209,7 @@ def _has_free_bias(module: nn.Module) -> bool:
 
 
 def _inputs_seen(model: nn.Module, calls: Sequence[Call], names: set[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the least and the largest value of every input channel of layers, over calls, batch and positions; in eval mode."""
+    """Return the least and the largest value of every input channel of layers, over calls, batch, positions and modes."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str, module: nn.Module, taps: int) -> None:
@@ -218,13 +224,20 @@ def _inputs_seen(model: nn.Module, calls: Sequence[Call], names: set[str]) -> di
 
         module.register_forward_pre_hook(hook)
 
-    with preserved(model, mode="eval"), torch.no_grad():
-        for name in names:
-            module = model.get_submodule(name)
-            if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-                watch(name, module, module.weight.ndim - 2)
-        for call in calls:
-            call.run(model)
+    for mode in _MODES:
+        with preserved(model, mode=mode), torch.no_grad():
+            drop_nothing(model)
+            for name in names:
+                module = model.get_submodule(name)
+                if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+                    watch(name, module, module.weight.ndim - 2)
+            try:
+                for call in calls:
+                    call.run(model)
+            except FAILURES as error:
+                if mode == "eval":
+                    raise
+                log.debug("Constants are observed in eval mode alone; in train mode the masked model fails: %s", error)
     return seen
 
 
@@ -253,7 +266,7 @@ def _changes_nothing(
     model: nn.Module, calls: Sequence[Call], structure: Structure, unread: Flags, steps: Sequence[Step]
 ) -> bool:
     """Tell whether the model computes the same with units gone, whatever is written to those that nobody reads."""
-    proof = Proof(calls, [], widths=False, train=False)
+    proof = Proof(calls, [], widths=False)
     with preserved(model, parameters=True), torch.no_grad():
         before = {name: p.data for name, p in model.named_parameters()}
         generator = torch.Generator().manual_seed(0)

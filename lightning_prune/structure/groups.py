@@ -74,6 +74,7 @@ class Structure:
         parameters: Names of the parameters, tied ones under their first name.
         opened: Attention modules that must be opened before their heads can leave.
         written: Whether the model's code works with sizes as numbers, which may stem from any shape.
+        mixed: Units over which an operation sums without a weight, such as a norm of all channels.
     """
 
     count: int
@@ -88,6 +89,7 @@ class Structure:
     parameters: frozenset[str]
     opened: tuple[str, ...]
     written: bool
+    mixed: np.ndarray
 
     @functools.cached_property
     def flops(self) -> Polynomial:
@@ -155,6 +157,7 @@ class Structure:
             reasons=reasons,
             ties=ties,
             sizes=tuple(dataclasses.replace(s, labels=renumber[s.labels]) for s in self.sizes),
+            mixed=_some(renumber[self.mixed]),
             terms=tuple((f, tuple(renumber[a] for a in axes), d) for f, axes, d in self.terms),
         )
         return rest, bad[:-1]
@@ -246,6 +249,7 @@ def _structure(
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         parameters=frozenset(name for name, _ in model.named_parameters()),
         written=labels.written,
+        mixed=_some(units[np.concatenate([*labels.mixed, np.zeros(0, np.int64)])]),
         opened=tuple(n for n in opened if isinstance(model.get_submodule(n), MultiheadAttention)),
     )
     half = [block[block >= 0] for tie in ties if (np.concatenate(tie) < 0).any() for block in tie]
@@ -256,6 +260,12 @@ def _structure(
         if slot.zeroed:
             unwritten[slot.units[slot.units >= 0]] = False
     return found.without(np.flatnonzero(unwritten), _CONSTANT) if unwritten.any() else found
+
+
+def _some(units: np.ndarray) -> np.ndarray:
+    """Return the numbers that are those of units, ascending, each once."""
+    found: np.ndarray = np.unique(units[units >= 0])
+    return found
 
 
 def _groups(count: int, slots: Sequence[Slot]) -> tuple[Group, ...]:

@@ -34,7 +34,7 @@ _ENTRIES = (
     4096  # taken from the output of a layer: of 1024 channels, a single wrong one is among them in 98 of 100 cases
 )
 _SAMPLES = 4  # of a batch are run; of two, batch normalization in train mode would leave little but the sign
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 # In eval mode these run fused code, unless anything inside has a hook; what users will run is what is to be checked.
 _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 _DROPS = re.compile("drop|stochastic|rrelu", re.IGNORECASE)  # names of modules that draw random numbers in train mode
@@ -100,14 +100,12 @@ class Proof:
         calls: What is run; without any, nothing is proven. Of batches only the first samples are, where the model can be run on them.
         changed: Names of the modules that change. Where the output of one keeps its shape, it must keep its values.
         widths: Whether activations change their shapes, too.
-        train: Whether train mode is compared, too.
     """
 
-    def __init__(self, calls: Sequence[Call], changed: Sequence[str], widths: bool, train: bool = True) -> None:
+    def __init__(self, calls: Sequence[Call], changed: Sequence[str], widths: bool) -> None:
         self.calls = tuple(calls)
         self.changed = frozenset(changed)
         self.widths = widths
-        self.train = train
         self._expected: dict[Mode, _Run] = {}
 
     def expect(self, model: nn.Module) -> None:
@@ -130,8 +128,6 @@ class Proof:
                 "Look for a diverged training, or give other example inputs."
             )
         self._expected["eval"] = run
-        if not self.train:
-            return
         run = self._run(model, "train")
         if run.error is None:
             self._expected["train"] = run
@@ -158,7 +154,7 @@ class Proof:
         run = _Run()
         with preserved(model, mode=mode), torch.no_grad():
             if mode == "train":
-                _drop_nothing(model)
+                drop_nothing(model)
             for name, module in _watched(model, self.changed, mode):
                 _watch(module, name, run)
             torch.manual_seed(0)
@@ -166,7 +162,7 @@ class Proof:
             state = _random_state()
             try:
                 run.outputs = [_Entries.of(t) for call in calls for t in _tensors(call.run(model))]
-            except _FAILURES as error:
+            except FAILURES as error:
                 run.error = error
             run.random = state != _random_state()
         return run
@@ -229,7 +225,8 @@ def _watch(module: nn.Module, name: str, run: _Run) -> None:
     module.register_forward_hook(leave)
 
 
-def _drop_nothing(model: nn.Module) -> None:
+def drop_nothing(model: nn.Module) -> None:
+    """Switch dropout off, also in train mode."""
     for module in model.modules():
         if _DROPS.search(type(module).__name__) and next(module.parameters(), None) is None:
             module.eval()

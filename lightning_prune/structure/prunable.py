@@ -45,6 +45,14 @@ def prunable_weights(
                 "remove_parametrizations makes it a plain one"
             )
             continue
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module._parameters.get("weight") is None:
+            alone[name] = (
+                "its weight is computed from others, as by torch.nn.utils.weight_norm of the old kind; undo that first"
+            )
+            continue
+        if any(p.is_complex() for p in module.parameters(recurse=False)):
+            alone[name] = "its weights are complex numbers"
+            continue
         own = {key: p for key, p in module.named_parameters(name, recurse=False) if p.ndim >= 2}
         free = {key: p for key, p in own.items() if p.requires_grad or frozen}
         if not free:

@@ -159,11 +159,31 @@ def test_dead_units_leave_after_a_gradual_fit_without_a_change_of_outputs(tmp_pa
     torch.testing.assert_close(model.eval()(X), before.outputs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
+def test_dead_units_change_nothing_of_a_trained_network_in_either_mode(sparsity, tmp_path):
+    """Also after batch normalization has got the statistics of the masked network; a dead unit is another constant with those of the dense one."""
+    model = LitNet()
+    fit(model, [], tmp_path, max_epochs=4)
+
+    def loss(network, batch):
+        return nn.functional.cross_entropy(network(batch[0]), batch[1])
+
+    method = {"sparsity": sparsity, "scope": "uniform"}
+    masked, _ = compress(model, Magnitude(**method, remove_dead=False), X, data=loader(), loss=loss)
+    small, _ = compress(model, Magnitude(**method), X, data=loader(), loss=loss)
+    assert entries(small) < entries(masked)
+    x = torch.randn(8, 1, 8, 8)
+    for mode in (False, True):
+        torch.testing.assert_close(small.train(mode)(x), masked.train(mode)(x), rtol=1e-4, atol=1e-4)
+
+
 def test_stages_of_weights_and_factors_compose():
     model = LitNet()
     factors, _ = compress(model, LowRank(flops=0.7, align=1), X)
     small, plan = compress(factors, Magnitude(sparsity=0.5, remove_dead=False), X)
-    assert zeros(small) == round(0.5 * entries(factors))
+    gone = entries(model) - entries(factors)
+    assert gone > 0
+    assert zeros(small) + gone == round(0.5 * entries(model))
     plan.build(LitNet())
 
 
@@ -195,6 +215,12 @@ def test_what_cannot_be_is_refused_at_once():
             Magnitude(**{"sparsity": 0.5, **options})
     with pytest.raises(BudgetError, match="min_kept=41"):
         compress(LitNet(), Magnitude(sparsity=0.99, min_kept=41), X)
+    with pytest.raises(ModelError, match="complex numbers"):
+        compress(
+            nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)),
+            Magnitude(sparsity=0.5),
+            torch.zeros(2, 4, dtype=torch.complex64),
+        )
     with pytest.raises(ModelError, match="no layer that it could compress"):
         compress(nn.Sequential(nn.BatchNorm2d(1), nn.ReLU()), Magnitude(sparsity=0.5), X)
     with pytest.raises(OptionError, match="matches no layer"):

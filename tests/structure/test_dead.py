@@ -59,19 +59,35 @@ def masked(model, gone):
     return masks
 
 
-def buried(model, gone, x=IMAGE):
-    """Bury, check that nothing changes, return steps and the smaller model."""
+def settle(model, x=IMAGE):
+    """Give batch normalization the statistics of the masked model."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(x)
+    return model.eval()
+
+
+def outputs(model, *inputs):
+    """What a model returns in eval and in train mode."""
+    return [copy.deepcopy(model).train(mode)(x) for mode in (False, True) for x in inputs]
+
+
+def buried(model, gone, x=IMAGE, settled=False):
+    """Bury, check that nothing changes in either mode, return steps and the smaller model."""
     masks = masked(model, gone)
+    if settled:
+        settle(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    expected = [model(v) for v in (x, torch.randn_like(x))] if x.is_floating_point() else [model(x)]
-    torch.manual_seed(0)
-    other = torch.randn_like(x) if x.is_floating_point() else x
-    expected = [model(x), model(other)]
+    other = torch.randn_like(x)
+    expected = outputs(model, x, other)
     steps = bury(model, as_calls(x), masks)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     small = compact(model, Plan(steps), as_calls(x))
-    for value, wanted in zip((x, other), expected, strict=True):
-        assert (small(value) - wanted).abs().max() <= 1e-9 * wanted.abs().max()
+    for found, wanted in zip(outputs(small, x, other), expected, strict=True):
+        assert (found - wanted).abs().max() <= 1e-9 * wanted.abs().max()
     return steps, small
 
 
@@ -90,9 +106,16 @@ def test_units_that_nobody_writes_leave_if_their_constant_is_zero_beside_padding
 
 @pytest.mark.parametrize("activation", [F.relu, torch.sigmoid, F.gelu])
 def test_constants_move_into_the_bias_where_no_zeros_are_padded(activation):
-    steps, small = buried(randomized(Residual(padding=0, activation=activation)), [("inner.weight", 0, [1, 2, 4])])
+    model = randomized(Residual(padding=0, activation=activation))
+    steps, small = buried(model, [("inner.weight", 0, [1, 2, 4])], settled=True)
     assert small.inner.out_channels == 3
     assert any(isinstance(step, AbsorbConstants) for step in steps)
+
+
+def test_constants_that_are_others_in_train_mode_keep_their_units():
+    """With the statistics of the dense model, what batch normalization makes of a constant depends on the mode."""
+    model = randomized(Residual(padding=0, activation=torch.sigmoid))
+    assert bury(model, as_calls(IMAGE), masked(model, [("inner.weight", 0, [1, 2])])) == ()
 
 
 def test_without_a_bias_to_take_them_up_constants_keep_their_units():
@@ -122,22 +145,34 @@ def test_death_spreads_forwards_and_backwards():
     assert (small(x) - wanted).abs().max() <= 1e-12
 
 
-class SummedBeside(nn.Module):
-    """The sum over channels reads units without any weight."""
+class ReadBeside(nn.Module):
+    """Something reads the units without any weight; a bias far larger than what it makes of them would hide that."""
 
-    def __init__(self):
+    def __init__(self, form):
         super().__init__()
-        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.first, self.second, self.form = nn.Linear(4, 8), nn.Linear(8, 3), form
+        nn.init.constant_(self.second.bias, 1e6)
 
     def forward(self, x):
-        h = torch.tanh(self.first(x))
-        return self.second(h) + h.sum(-1, keepdim=True)
+        return self.form(torch.tanh(self.first(x)), self.second)
 
 
-def test_units_that_are_read_without_a_weight_stay():
-    model = SummedBeside().double()
+FORMS = {
+    "sum": lambda h, read: read(h) + h.sum(-1, keepdim=True),
+    "normalize": lambda h, read: read(F.normalize(h, dim=-1)),
+    "length": lambda h, read: read(h / h.norm(dim=-1, keepdim=True)),
+    "sum of sizes": lambda h, read: read(h / h.abs().sum(-1, keepdim=True)),
+    "product": lambda h, read: read(h) * (h @ h.transpose(-1, -2)).sum(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_units_that_are_read_without_a_weight_stay(form):
+    model = ReadBeside(FORMS[form]).float()
+    x = torch.randn(5, 4)
+    assert structure_of(copy.deepcopy(model), x).count == 8
     masks = masked(model, [("second.weight", 1, [0, 3])])
-    assert bury(model, as_calls(torch.randn(5, 4, dtype=torch.float64)), masks) == ()
+    assert bury(model, as_calls(x), masks) == ()
 
 
 def test_one_unit_of_a_layer_that_died_altogether_stays():

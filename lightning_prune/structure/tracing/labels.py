@@ -94,6 +94,7 @@ class Labels:
         self.taken: dict[str, float | None] = {}
         self._values: dict[str, Value] = {}
         self.biases: dict[str, set[tuple[str, ...]]] = {}
+        self.mixed: list[np.ndarray] = []
         self.touched: list[np.ndarray] = []
         self._edges: list[np.ndarray] = []  # not yet solved
         self._alike: list[np.ndarray] = []
@@ -174,6 +175,10 @@ class Labels:
         self.touch(field.labels)
         if field.weights and field.at is not None:
             self.produced.update(core(field.labels).flatten().tolist())
+
+    def mix(self, field: Field) -> None:
+        """Note that an operation sums over the channels of ``field`` without a weight: what they are matters to others."""
+        self.mixed.append(core(field.labels).flatten().numpy())
 
     def tie(self, *blocks: Tensor) -> None:
         """Let equally many labels of each block leave; blocks are vectors of one length."""

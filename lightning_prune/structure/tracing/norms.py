@@ -166,6 +166,7 @@ def reduction(site: Site, x: Value, *args: Any, **kwargs: Any) -> Any:
     for field in x.fields:
         if sums and field.at == 0 and set(field.axes) <= set(dims):
             site.labels.produce(field)
+            site.labels.mix(field)
         else:
             kept.append(field)
     rest = dataclasses.replace(x, fields=tuple(kept))

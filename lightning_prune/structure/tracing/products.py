@@ -90,6 +90,9 @@ def _exact_sum(site: Site, one: tuple[Field, Value], two: tuple[Field, Value], b
         take_up(site, data, weight if field.axes == (1,) else dataclasses.replace(weight, source=None), bias)
     elif 0.0 not in (one[0].at, two[0].at):
         site.freeze(one[0], f"its channels are not zero when masked, and {site.name} sums over them")
+    else:
+        site.labels.mix(one[0])
+        site.labels.mix(two[0])
 
 
 def take_up(site: Site, data: Field, weight: Value, bias: Value | None, padded: bool = False) -> None:
