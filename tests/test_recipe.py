@@ -388,7 +388,8 @@ def test_the_reference_is_the_last_stage_before_the_first_method():
     assert recipe.dense.name == "b"
     assert [stage.name for stage in recipe.lineage] == ["a", "b", "c", "d"]
     alone = parse(content(stages=[*stages, {"name": "c", "from": "scratch", "methods": method}]))
-    assert alone.dense is None
+    assert alone.dense is not None
+    assert alone.dense.name == "b"  # beside it, not on its way
     assert [stage.name for stage in alone.lineage] == ["c"]
     branch = parse(content(stages=[*stages, {"name": "c", "from": "a", "methods": method}]))
     assert branch.dense is not None
