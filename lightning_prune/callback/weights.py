@@ -37,14 +37,14 @@ class Weights:
         kept: True where an entry has not been masked, by name, boolean.
         gone: Entries that earlier stages have cut off.
         alone: Layers that are selected and have no prunable weight, with the reason.
-        statistics: Buffers of batch normalization in the masked model, by full name; empty where they were not estimated.
+        dead: The steps that remove units which die of the masks; none before the last masks are chosen.
     """
 
     tensors: Mapping[str, nn.Parameter]
     kept: Mapping[str, Tensor]
     gone: int
     alone: Mapping[str, str]
-    statistics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    dead: tuple[Step, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -136,7 +136,7 @@ class WeightRemoval:
         """Choose which weights stay; every rank comes to the same."""
         now = _with(found, pending)
         if share is None:
-            return self._estimated(task, now)
+            return self._with_dead(task, now)
         self.check(task, found)
         target = count_to_remove(self.sparsity, found.entries)
         start = found.removed  # before this fit
@@ -145,16 +145,19 @@ class WeightRemoval:
             stays = self.choose(task, now.tensors, now.kept, max(count, now.removed - now.gone))
         kept = {key: stays[key].to(mask.device) & mask for key, mask in now.kept.items()}
         chosen = dataclasses.replace(now, kept=kept)
-        return self._estimated(task, chosen) if share == 1 else chosen
+        return self._with_dead(task, chosen) if share == 1 and not pending else chosen
 
-    def _estimated(self, task: Task, weights: Weights) -> Weights:
-        """Estimate the statistics of batch normalization of the masked model, where units may be dead: their constants depend on them."""
-        if not self.remove_dead or task.probe.data is None or not has_empty_slice(weights.kept):
+    def _with_dead(self, task: Task, weights: Weights) -> Weights:
+        """Find the units that die, with batch normalization's statistics of the masked model, which their constants depend on.
+
+        Every rank does, because synchronized batch normalization meets the others in every pass.
+        """
+        if not self.remove_dead or not has_empty_slice(weights.kept):
             return weights
         with masked(dict(weights.tensors), weights.kept), preserved(task.model, parameters=True):
-            task.probe.recalibrate(self.recalibrate_bn, task.calls)
-            found = {name: buffer.clone() for name, buffer in task.model.named_buffers() if "running_" in name}
-        return dataclasses.replace(weights, statistics=found)
+            if task.probe.data is not None:
+                task.probe.recalibrate(self.recalibrate_bn, task.calls)
+            return dataclasses.replace(weights, dead=bury(task.model, task.calls, weights.kept))
 
     def steps(self, task: Task, scores: Weights, share: float | None) -> tuple[Step, ...]:
         """Return a mask for every tensor that has lost entries."""
@@ -179,11 +182,7 @@ class WeightRemoval:
             )
         whole = {key.rpartition(".")[0] for key in scores.tensors} - {step.module for step in steps}
         alone |= dict.fromkeys(sorted(whole - set(alone)), "all of its weights stay")
-        if self.remove_dead and steps:
-            with masked(dict(scores.tensors), scores.kept), preserved(task.model, parameters=True):
-                for name, values in scores.statistics.items():
-                    task.model.get_buffer(name).copy_(values)
-                steps += bury(task.model, task.calls, dict(scores.kept))
+        steps += scores.dead if steps else ()
         changed = {step.module for step in steps}
         return Plan(steps, {name: reason for name, reason in alone.items() if name not in changed})
 
