@@ -16,10 +16,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_prune.curvature.hvp import Losses, twice_differentiable
-from lightning_prune.errors import ModelError, OptionError
+from lightning_prune.errors import LightningPruneError, ModelError, OptionError
 from lightning_prune.probe import FOREIGN, Probe
 
 Labels = Callable[[Any], Any]
+
+_IN_MANUAL = "Scoring runs its training_step before the fit, where there is nothing to step yet."
+_AT_START = (
+    "Scoring runs the training_step in float32 and, without until_epoch= where the method has it, before the fit: no optimizers or schedulers exist "
+    "yet. Leave them out of the step (LearningRateMonitor logs the rate) and cast inputs to the type of the weights."
+)
 
 
 @contextlib.contextmanager
@@ -108,16 +114,18 @@ def loss_alone(probe: Probe, loss: Callable[[Any, int], Tensor], chunk: Any, ind
     """Return ``loss(chunk, index)``, a scalar with its graph.
 
     Raises:
-        ModelError: If the model optimizes manually and its training step gives no loss alone; says what to give instead.
+        ModelError: If the user's code cannot be run for a loss alone, at the start of a fit; says why that may be and what to give instead.
     """
     try:
         return loss(chunk, index)
     except FOREIGN as error:
-        if getattr(probe.model, "automatic_optimization", True):
+        manual = not getattr(probe.model, "automatic_optimization", True)
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, LightningPruneError) and not manual):
             raise
         raise ModelError(
-            f"{type(probe.model).__name__} optimizes manually and its training_step cannot be run for a loss alone ({type(error).__name__}: "
-            f"{error}). Give a loss of its own: loss_fn= where the method has it, or lightning_prune.compress(..., loss=...)."
+            f"{type(probe.model).__name__} {'optimizes manually and ' if manual else ''}cannot be run for a loss alone "
+            f"({type(error).__name__}: {' '.join(str(error).split())}). {_IN_MANUAL if manual else _AT_START} Give a loss of its own: loss_fn= "
+            "where the method has it, or lightning_prune.compress(..., loss=...)."
         ) from error
 
 

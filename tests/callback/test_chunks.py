@@ -1,14 +1,19 @@
-"""Chunks to score with: which samples are taken, how they are cut, and which data cannot be cut."""
+"""Chunks to score with: which samples are taken, how they are cut, which data cannot be cut, and losses that cannot be had alone."""
 
 import collections
+import copy
 
 import pytest
 import torch
-from lit import loader
+from lit import LitNet, loader, trainer
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from lightning_prune.callback.batches import balanced_chunks, losses_of, plain_chunks, scoring
-from lightning_prune.errors import ModelError
+from lightning_prune.errors import ModelError, OptionError
+from lightning_prune.methods.grasp import GraSP
+from lightning_prune.methods.loss_model import LossModel
+from lightning_prune.methods.snip import SNIP
 from lightning_prune.probe import Probe
 
 
@@ -125,3 +130,72 @@ def test_a_model_in_eval_mode_is_scored_as_it_trains_and_frozen_norms_stay_froze
     model.eval()
     assert inside() == [True, True, True, False]
     assert not any(m.training for m in model.modules())
+
+
+STEPS = {
+    "rate": lambda module: module.optimizers().param_groups[0]["lr"],
+    "schedule": lambda module: module.lr_schedulers().get_last_lr(),
+    "optimizer": lambda module: module.trainer.optimizers[0],
+}
+
+
+def score_in_fit(method, step, dtype=torch.float32):
+    """Fit a module whose training step is ``step(module, batch)``, until the weights are masked."""
+
+    class Module(LitNet):
+        def training_step(self, batch, batch_idx):
+            return step(self, batch)
+
+    run = trainer("unused", callbacks=[method], max_steps=0, max_epochs=1)
+    run.fit(Module(norm=False).to(dtype), loader(32, 16))
+
+
+def loss_of(module, batch):
+    return cross_entropy(module(batch[0]), batch[1])
+
+
+METHODS = [
+    GraSP(sparsity=0.5),
+    SNIP(sparsity=0.5, calibration_batches=2),
+    LossModel(0.5, steps=1),
+    LossModel(0.5, "qm", 1, logits_module="net"),
+]
+every_method = pytest.mark.parametrize("method", METHODS, ids=["grasp", "snip", "lm", "qm"])
+
+
+@every_method
+@pytest.mark.parametrize("use", STEPS)
+def test_a_step_that_uses_the_optimizer_is_told_that_there_is_none_before_the_fit(method, use):
+    def step(module, batch):
+        STEPS[use](module)
+        return loss_of(module, batch)
+
+    told = r"Module cannot be run .*(Attribute|Index|Type)Error: .*no optimizers.*LearningRateMonitor.*loss_fn=.*loss=\.\.\."
+    with pytest.raises(ModelError, match=told):
+        score_in_fit(copy.deepcopy(method), step)
+
+
+@every_method
+def test_a_step_that_casts_to_half_precision_itself_is_told_that_scores_are_of_float32(method):
+    with pytest.raises(ModelError, match=r"RuntimeError: .*in float32.*cast inputs to the type of the weights"):
+        score_in_fit(
+            copy.deepcopy(method),
+            lambda module, batch: cross_entropy(module(batch[0].bfloat16()).float(), batch[1]),
+            torch.bfloat16,
+        )
+    score_in_fit(
+        copy.deepcopy(method),
+        lambda module, batch: cross_entropy(module(batch[0].to(module.net[0].weight.dtype)).float(), batch[1]),
+        torch.bfloat16,
+    )
+
+
+def test_what_we_say_and_a_lack_of_memory_go_through_as_they_are():
+    for error in (OptionError("ours"), torch.OutOfMemoryError("CUDA out of memory")):
+
+        def loss(chunk, index, error=error):
+            raise error
+
+        with pytest.raises(type(error)) as found:
+            list(losses_of(probe([]), [1], loss)())
+        assert found.value is error
