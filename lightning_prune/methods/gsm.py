@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from lightning_prune.budget.weights import count_to_remove, select_weights
 from lightning_prune.callback.checks import check_integer
 from lightning_prune.callback.task import Task
-from lightning_prune.callback.weights import WeightPruning
+from lightning_prune.callback.weights import WeightPruning, check_scores
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.probe import FOREIGN, Probe
 from lightning_prune.structure.masks import masked
@@ -334,8 +334,9 @@ class GSM(WeightPruning):
             return {}
         weights, kept = dict(self._found.tensors), self._found.kept
         count = count_to_remove(self.sparsity, self._found.entries) - self._found.gone
-        stays = select_weights(self.score_weights(task, weights, kept), kept, count, min_kept=self.min_kept)
         try:
+            scores = check_scores("GSM", self.score_weights(task, weights, kept), kept)
+            stays = select_weights(scores, kept, count, min_kept=self.min_kept)
             before = mean_loss(task.probe, self.calibration_batches)
             with masked(weights, stays):
                 after = mean_loss(task.probe, self.calibration_batches)

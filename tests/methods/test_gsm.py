@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.callback import compress
-from lightning_prune.errors import OptionError
+from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.methods.gsm import ENOUGH, GSM, decay_per_step, mask_gradients_, passive_entries
 from lightning_prune.methods.synflow import SynFlow
 
@@ -469,6 +469,21 @@ def test_facts_are_logged_and_asking_leaves_training_as_it_was(tmp_path):
     fit(GSM(sparsity=0.9, remove_dead=False), tmp_path, start, logger=logger)
     text = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0]
     assert all(f"compression/gsm/{fact}" in text for fact in ("small_share", "forecast", "loss", "loss_after_cut"))
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_a_diverged_training_is_told_by_a_warning_and_by_the_cut(batches, caplog, tmp_path):
+    class Diverged(LitSGD):
+        def on_train_batch_end(self, *_):
+            with torch.no_grad():
+                self.net[0].weight[0, 0, 0, 0] = math.nan
+
+    method = GSM(sparsity=0.5, calibration_batches=batches)
+    with pytest.raises(ModelError, match=r"GSM: scores of 'net.0.weight' are not finite.*diverged"):
+        warnings_of(caplog, tmp_path, Diverged(), method)
+    told = [r.getMessage() for r in caplog.records if "the loss after the cut cannot be told" in r.getMessage()]
+    assert len(told) == batches
+    assert all("'net.0.weight' are not finite" in line for line in told)
 
 
 # Options ------------------------------------------------------------------------------------------------------------------------
