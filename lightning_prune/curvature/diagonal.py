@@ -46,7 +46,7 @@ def exact_cotangents(loss: Tensor, outputs: Tensor) -> Tensor:
         classes. Curvature of negative sign, which a loss that is not convex has, counts as none.
 
     Raises:
-        ModelError: If the loss does not depend on the outputs, or samples meet in it.
+        ModelError: If the loss does not depend on the outputs, samples meet in it, or it is not finite.
     """
     gradient = _gradient(loss, outputs)
     samples, width = len(outputs), outputs[0].numel()
@@ -56,7 +56,7 @@ def exact_cotangents(loss: Tensor, outputs: Tensor) -> Tensor:
         direction[:, index] = 1
         columns.append(_hessian_times(gradient, outputs, direction.view_as(outputs)).reshape(samples, width))
     _check_apart(gradient, outputs)
-    hessian = torch.stack(columns, 2).double()
+    hessian = _finite(torch.stack(columns, 2).double())
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     values = values.clamp_min(0)
     found: Tensor = (vectors * values.sqrt().unsqueeze(1)).permute(2, 0, 1)
@@ -80,11 +80,11 @@ def sampled_cotangents(loss: Tensor, outputs: Tensor, draws: int, generator: tor
         ``[draws, *outputs.shape]``, float64.
 
     Raises:
-        ModelError: If the loss is no softmax cross-entropy.
+        ModelError: If the loss is no softmax cross-entropy, or not finite.
     """
     gradient = _gradient(loss, outputs)
     probe = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-    curved = _hessian_times(gradient, outputs, probe).double()
+    curved = _finite(_hessian_times(gradient, outputs, probe).double())
     for axis in dict.fromkeys((min(1, outputs.ndim - 1), outputs.ndim - 1)):
         share = outputs.detach().double().softmax(axis)
         expected = share * (probe - (share * probe).sum(axis, keepdim=True))
@@ -103,6 +103,7 @@ def sampled_cotangents(loss: Tensor, outputs: Tensor, draws: int, generator: tor
 
 def _gradient(loss: Tensor, outputs: Tensor) -> Tensor:
     gradient: Tensor | None
+    _finite(loss)
     (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ModelError(
@@ -110,6 +111,15 @@ def _gradient(loss: Tensor, outputs: Tensor) -> Tensor:
             "Name the module that gives the logits."
         )
     return gradient
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not bool(values.isfinite().all()):
+        raise ModelError(
+            "The loss of a batch, its logits or their curvature are not finite. Look for a diverged training, a loss that overflows, or batches "
+            "with nothing to average over."
+        )
+    return values
 
 
 def _hessian_times(gradient: Tensor, outputs: Tensor, vector: Tensor) -> Tensor:

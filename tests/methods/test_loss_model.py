@@ -429,3 +429,32 @@ def test_logits_that_no_weight_has_touched_are_told(model):
 def test_no_data_is_told(model):
     with pytest.raises(ModelError, match="no batch to score with"):
         compress(model, LossModel(0.5), BATCHES[0][0], [], loss_of)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+@pytest.mark.parametrize("order", ["qm", "obd"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda model, batch: loss_of(model, batch) * float("nan"),
+        lambda model, batch: loss_of(model, batch) + float("inf"),
+        lambda model, batch: F.cross_entropy(model(batch[0] * float("nan")), batch[1]),
+        lambda model, batch: F.cross_entropy(model(batch[0]), torch.full_like(batch[1], -100)),
+    ],
+    ids=["nan", "inf", "logits", "nothing to average"],
+)
+def test_a_loss_that_is_not_finite_is_told(model, broken, order, curvature):
+    with pytest.raises(ModelError, match="loss of a batch, its logits or their curvature are not finite"):
+        chosen(LossModel(0.5, order, 1, logits_module="7", curvature=curvature), model, loss=broken)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+def test_classes_that_are_masked_by_an_infinite_logit_are_allowed(curvature):
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.tensor([False, False, True]), -torch.inf)
+
+    head = Masked(5, 3)
+    data = [(torch.randn(6, 5), torch.tensor([0, 1, 1, 0, 1, 0]))]
+    method = LossModel(0.4, "qm", 1, logits_module="0", curvature=curvature)
+    assert not chosen(method, nn.Sequential(head), data)["0.weight"][2].any()
