@@ -128,8 +128,19 @@ class Probe:
         Raises:
             ModelError: If no loss is known or the step returned none.
         """
+        value = self.loss_if_any(batch, index)
+        if value is None:
+            raise ModelError("This needs a scalar loss; the training step returned NoneType.")
+        return value
+
+    def loss_if_any(self, batch: Any, index: int = 0) -> Tensor | None:
+        """Return :meth:`loss`, or None for a batch that the step skips by returning None.
+
+        Raises:
+            ModelError: If the step returned something else.
+        """
         value = self._step(batch, index)
-        if not isinstance(value, Tensor) or value.numel() != 1:
+        if value is not None and (not isinstance(value, Tensor) or value.numel() != 1):
             raise ModelError(f"This needs a scalar loss; the training step returned {type(value).__name__}.")
         return value
 

@@ -20,7 +20,9 @@ from lightning_prune.errors import LightningPruneError, ModelError, OptionError
 from lightning_prune.probe import FOREIGN, Probe
 
 Labels = Callable[[Any], Any]
+Loss = Callable[[Any, int], Tensor | None]
 
+_OWN_LOSS = "Give a loss of its own: loss_fn= where the method has it, or lightning_prune.compress(..., loss=...)."
 _IN_MANUAL = "Scoring runs its training_step before the fit, where there is nothing to step yet."
 _AT_START = (
     "Scoring runs the training_step in float32 and, without until_epoch= where the method has it, before the fit: no optimizers or schedulers exist "
@@ -93,40 +95,65 @@ def balanced_chunks(probe: Probe, labels_of: Labels, per_class: int, num_classes
     return [tree_map(_usable, _taken(whole, part, len(order))) for part in parts]
 
 
-def losses_of(probe: Probe, chunks: Sequence[Any], loss: Callable[[Any, int], Tensor]) -> Losses:
-    """Return what yields the losses of chunks, with the same random numbers in every pass.
+def losses_of(probe: Probe, chunks: Sequence[Any], loss: Loss) -> Losses:
+    """Return what yields the losses of chunks that have one, with the same random numbers in every pass; raises if none has.
 
     Args:
         probe: Of the model.
         chunks: What to yield the losses of.
-        loss: ``loss(chunk, index)``, a scalar with its graph.
+        loss: ``loss(chunk, index)``, a scalar with its graph, or None for a chunk to skip.
     """
 
     def losses() -> Iterator[Tensor]:
+        count = 0
         for index, chunk in enumerate(chunks):
             torch.manual_seed(index)  # what noise the user's code makes is one function of the weights in all passes
-            yield loss_alone(probe, loss, chunk, index)
+            found = loss_alone(probe, loss, chunk, index)
+            if found is not None:
+                count += 1
+                yield found
+                del found  # and its graph, before the next one is built
+        if not count:
+            raise no_loss(probe)
 
     return losses
 
 
-def loss_alone(probe: Probe, loss: Callable[[Any, int], Tensor], chunk: Any, index: int) -> Tensor:
-    """Return ``loss(chunk, index)``, a scalar with its graph.
+def loss_alone(probe: Probe, loss: Loss, chunk: Any, index: int) -> Tensor | None:
+    """Return ``loss(chunk, index)``, a scalar with its graph, or None for a chunk to skip.
 
     Raises:
-        ModelError: If the user's code cannot be run for a loss alone, at the start of a fit; says why that may be and what to give instead.
+        ModelError: If the user's code cannot be run for a loss alone, at the start of a fit, or gives one without a graph; says why that may be
+            and what to give instead.
     """
     try:
-        return loss(chunk, index)
+        value = loss(chunk, index)
     except FOREIGN as error:
-        manual = not getattr(probe.model, "automatic_optimization", True)
-        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, LightningPruneError) and not manual):
+        if isinstance(error, LightningPruneError | torch.OutOfMemoryError):
             raise
+        manual = not getattr(probe.model, "automatic_optimization", True)
         raise ModelError(
             f"{type(probe.model).__name__} {'optimizes manually and ' if manual else ''}cannot be run for a loss alone "
-            f"({type(error).__name__}: {' '.join(str(error).split())}). {_IN_MANUAL if manual else _AT_START} Give a loss of its own: loss_fn= "
-            "where the method has it, or lightning_prune.compress(..., loss=...)."
+            f"({type(error).__name__}: {' '.join(str(error).split())}). {_IN_MANUAL if manual else _AT_START} {_OWN_LOSS}"
         ) from error
+    if value is not None and not value.requires_grad:
+        raise ModelError(
+            f"The loss of {type(probe.model).__name__} has no gradient: it is detached, computed under torch.no_grad(), or uses no weight. "
+            f"Return it with its graph. {_OWN_LOSS}"
+        )
+    return value
+
+
+def no_loss(probe: Probe) -> ModelError:
+    """Return the error for a model whose step gave no loss on any batch that it was scored with."""
+    if not getattr(probe.model, "automatic_optimization", True):
+        return ModelError(
+            f"{type(probe.model).__name__} optimizes manually and its training_step returns no loss. {_OWN_LOSS}"
+        )
+    return ModelError(
+        f"{type(probe.model).__name__} gave no loss on any of the batches to score with; a training step that returns None skips its batch. "
+        f"Give more calibration_batches=. {_OWN_LOSS}"
+    )
 
 
 def labels_of(owner: object, option: str) -> Labels:

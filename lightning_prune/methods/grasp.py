@@ -277,14 +277,14 @@ class GraSP(WeightPruning):
         scores = check_scores("GraSP", self.score_weights(task, weights, kept), kept)
         return official_masks(scores, kept, self.sparsity)
 
-    def _loss(self, task: Task, chunk: Any, index: int) -> Tensor:
+    def _loss(self, task: Task, chunk: Any, index: int) -> Tensor | None:
         if self.loss_fn is not None:
             loss = function_of(self, "loss_fn")(task.model, chunk, self.temperature)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ModelError(f"GraSP(loss_fn={self.loss_fn!r}) returned no scalar: {type(loss).__name__}.")
             return loss
-        loss = task.probe.loss(chunk, index)
-        if self.temperature != 1 and loss_kind(loss) == "regression":
+        loss = task.probe.loss_if_any(chunk, index)
+        if loss is not None and self.temperature != 1 and loss_kind(loss) == "regression":
             raise ModelError(
                 f"GraSP(temperature={self.temperature}): the loss of {type(task.model).__name__} is one of regression, whose outputs are no logits. "
                 "Give temperature=1, or loss_fn= with a temperature of its own."

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.budget.weights import count_to_remove, select_weights
+from lightning_prune.callback.batches import no_loss
 from lightning_prune.callback.checks import check_integer
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.weights import WeightPruning, check_scores
@@ -367,10 +368,17 @@ _RATES = ("lr", "weight_decay", "momentum", "dampening")
 
 
 def mean_loss(probe: Probe, count: int) -> float:
-    """Return the mean over ``count`` batches of the loss in evaluation mode; the model is left bit-identical."""
+    """Return the mean over ``count`` batches of the loss in evaluation mode, less those skipped; the model is left bit-identical.
+
+    Raises:
+        ModelError: If none has a loss.
+    """
     with probe.quiet(mode="eval"), torch.no_grad():
-        losses = [float(probe.loss(batch, i)) for i, batch in enumerate(probe.batches(count, "Looking at the loss"))]
-    return sum(losses) / max(1, len(losses))
+        found = [probe.loss_if_any(batch, i) for i, batch in enumerate(probe.batches(count, "Looking at the loss"))]
+    losses = [float(loss) for loss in found if loss is not None]
+    if not losses:
+        raise no_loss(probe)
+    return sum(losses) / len(losses)
 
 
 def _share_removed(sparsity: float | None, ratio: float | None) -> float:

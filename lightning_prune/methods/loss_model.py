@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.budget.weights import Scope, select_weights
-from lightning_prune.callback.batches import loss_alone
+from lightning_prune.callback.batches import loss_alone, no_loss
 from lightning_prune.callback.checks import check_choice, check_integer
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.weights import WeightPruning, check_scores
@@ -219,26 +219,36 @@ class LossModel(WeightPruning):
         kinds = {"lm": ["gradient"], "obd": ["curvature"], "qm": ["gradient", "curvature"]}[self.order]
         sizes = [w.numel() for w in weights.values()] * len(kinds)
         total = torch.zeros(sum(sizes) + 1, dtype=torch.float64, device=next(iter(weights.values())).device)
-        for index, batch in enumerate(task.probe.batches(self.calibration_batches, title)):
-            samples, found = self._look(task, batch, index, newton, generator)
+        seen = 0
+        for seen, batch in enumerate(task.probe.batches(self.calibration_batches, title), 1):
+            looked = self._look(task, batch, seen - 1, newton, generator)
+            if looked is None:
+                continue
+            samples, found = looked
             flat = torch.cat([found[kind][name].double().flatten() for kind in kinds for name in weights])
             total[:-1] += samples * flat
             total[-1] += samples
         total = task.probe.mean(total)
         if not total[-1]:
-            raise ModelError(
-                "LossModel: there is no batch to score with. Give a training dataloader, or data=, with batches."
+            raise (
+                no_loss(task.probe)
+                if seen
+                else ModelError(
+                    "LossModel: there is no batch to score with. Give a training dataloader, or data=, with batches."
+                )
             )
         parts = iter(torch.split(total[:-1] / total[-1], sizes))
         return {kind: {name: next(parts).view_as(w) for name, w in weights.items()} for kind in kinds}
 
     def _look(
         self, task: Task, batch: Any, index: int, newton: GaussNewton, generator: torch.Generator
-    ) -> tuple[int, dict[str, dict[str, Tensor]]]:
-        """Return how many samples a batch has, and gradient and curvature of its loss, those that the order needs."""
+    ) -> tuple[int, dict[str, dict[str, Tensor]]] | None:
+        """Return how many samples a batch has, and gradient and curvature of its loss, those that the order needs; None if it is skipped."""
         weights, found = newton.weights, {}
         with self._outputs(task.model) as outputs, recorded(weights if self.by_sample else {}) as products:
-            loss = loss_alone(task.probe, task.probe.loss, batch, index)
+            loss = loss_alone(task.probe, task.probe.loss_if_any, batch, index)
+        if loss is None:
+            return None
         if self.by_sample:
             z = self._only(outputs)
             found["curvature"] = newton.diagonal(products, z, self._cotangents(loss, z, generator))

@@ -89,5 +89,5 @@ class SNIP(WeightPruning):
         own = list(weights.values())
         with scoring(task.probe):
             chunks = plain_chunks(task.probe, self.calibration_batches)
-            slope = gradient(losses_of(task.probe, chunks, task.probe.loss), own, task.probe.mean)
+            slope = gradient(losses_of(task.probe, chunks, task.probe.loss_if_any), own, task.probe.mean)
             return dict(zip(weights, connection_sensitivity(own, slope), strict=True))

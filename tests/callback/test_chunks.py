@@ -9,6 +9,7 @@ from lit import LitNet, loader, trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from lightning_prune.callback import compress
 from lightning_prune.callback.batches import balanced_chunks, losses_of, plain_chunks, scoring
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.methods.grasp import GraSP
@@ -112,8 +113,8 @@ def test_halves_become_float32_and_inference_tensors_can_be_trained_through():
 
 
 def test_every_pass_sees_the_same_noise_and_another_one_in_each_chunk():
-    losses = losses_of(probe([]), [1, 2], lambda chunk, index: torch.rand(3).sum() * chunk + index)
-    first, again = [float(v) for v in losses()], [float(v) for v in losses()]
+    losses = losses_of(probe([]), [1, 2], lambda chunk, index: torch.rand(3, requires_grad=True).sum() * chunk + index)
+    first, again = [float(v.detach()) for v in losses()], [float(v.detach()) for v in losses()]
     assert first == again
     assert first[0] != (first[1] - 1) / 2
 
@@ -199,3 +200,43 @@ def test_what_we_say_and_a_lack_of_memory_go_through_as_they_are():
         with pytest.raises(type(error)) as found:
             list(losses_of(probe([]), [1], loss)())
         assert found.value is error
+
+
+def masks_of(method, data, loss):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    if isinstance(method, LossModel):
+        method = LossModel(0.5, method.order, 2, logits_module=method.logits_module and "2", remove_dead=False)
+    else:
+        method = type(method)(sparsity=0.5, calibration_batches=3, remove_dead=False)
+    small, _ = compress(model, method, data[0][0], data, loss)
+    return torch.cat([(p == 0).flatten() for p in small.parameters()])
+
+
+@every_method
+def test_a_batch_without_a_loss_is_skipped_and_all_of_them_without_one_are_an_error(method):
+    torch.manual_seed(1)
+    first, skipped, last = ((torch.randn(n, 5).double(), torch.randint(0, 4, (n,))) for n in (12, 40, 7))
+
+    def loss(model, batch):
+        return None if len(batch[0]) == 40 else loss_of(model, batch)
+
+    found = masks_of(method, [first, skipped, last], loss)
+    assert torch.equal(found, masks_of(method, [first, last], loss_of))
+    assert not torch.equal(found, masks_of(method, [first], loss_of))  # reading goes on after it
+    with pytest.raises(ModelError, match=r"Sequential gave no loss on any.*returns None skips.*calibration_batches="):
+        masks_of(method, [skipped], loss)
+    with pytest.raises(ModelError, match=r"Module gave no loss on any"):
+        score_in_fit(copy.deepcopy(method), lambda module, batch: None)
+
+
+@every_method
+@pytest.mark.parametrize("how", ["detached", "no_grad"])
+def test_a_loss_without_a_gradient_is_told(method, how):
+    def step(module, batch):
+        with torch.set_grad_enabled(how == "detached"):
+            loss = loss_of(module, batch)
+        return loss.detach()
+
+    with pytest.raises(ModelError, match=r"(no gradient: it is detached|that weights were used for)"):
+        score_in_fit(copy.deepcopy(method), step)

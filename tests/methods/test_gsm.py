@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.callback import compress
 from lightning_prune.errors import ModelError, OptionError
-from lightning_prune.methods.gsm import ENOUGH, GSM, decay_per_step, mask_gradients_, passive_entries
+from lightning_prune.methods.gsm import ENOUGH, GSM, decay_per_step, mask_gradients_, mean_loss, passive_entries
 from lightning_prune.methods.synflow import SynFlow
+from lightning_prune.probe import Probe
 
 
 class LitSGD(LitNet):
@@ -484,6 +485,16 @@ def test_a_diverged_training_is_told_by_a_warning_and_by_the_cut(batches, caplog
     told = [r.getMessage() for r in caplog.records if "the loss after the cut cannot be told" in r.getMessage()]
     assert len(told) == batches
     assert all("'net.0.weight' are not finite" in line for line in told)
+
+
+def test_the_loss_that_is_told_leaves_out_skipped_batches_and_needs_one():
+    model = nn.Linear(3, 1)
+    data = [torch.full((1, 3), value) for value in (1.0, 2.0, 3.0)]
+    probe = Probe.of_data(model, data, lambda model, batch: None if batch[0, 0] == 2 else model(batch).sum())
+    assert mean_loss(probe, 3) == pytest.approx(float(model(data[1]).detach()))  # linear: the mean of the outer two
+    assert mean_loss(probe, 2) == pytest.approx(float(model(data[0]).detach()))
+    with pytest.raises(ModelError, match="gave no loss"):
+        mean_loss(Probe.of_data(model, data, lambda model, batch: None), 3)
 
 
 # Options ------------------------------------------------------------------------------------------------------------------------
