@@ -13,8 +13,8 @@ The loss is a sum over chunks, ``L = sum_k L_k``, so gradient and products are s
 time. Sums are float64.
 """
 
-import collections
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -183,14 +183,18 @@ def hessian_gradient(
 
 def operations(tensors: Iterable[Tensor]) -> Iterator[str]:
     """Yield the names of the operations in the graph of some tensors, those nearest to them first."""
-    nodes = collections.deque(dict.fromkeys(t.grad_fn for t in tensors if t.grad_fn is not None))
+    return itertools.chain.from_iterable(operations_by_depth(tensors))
+
+
+def operations_by_depth(tensors: Iterable[Tensor]) -> Iterator[list[str]]:
+    """Yield the names of the operations in the graph of some tensors that are so many steps away from them, each once, at its shortest way."""
+    nodes = list(dict.fromkeys(t.grad_fn for t in tensors if t.grad_fn is not None))
     seen = set(nodes)
     while nodes:
-        node = nodes.popleft()
-        yield node.name()
-        before = dict.fromkeys(n for n, _ in node.next_functions if n is not None and n not in seen)
-        seen.update(before)
-        nodes.extend(before)
+        yield [node.name() for node in nodes]
+        before = (before for node in nodes for before, _ in node.next_functions)
+        nodes = list(dict.fromkeys(node for node in before if node is not None and node not in seen))
+        seen.update(nodes)
 
 
 @contextlib.contextmanager

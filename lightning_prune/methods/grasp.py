@@ -27,7 +27,7 @@ from lightning_prune.callback.checks import check_choice, check_integer
 from lightning_prune.callback.masking import Schedule
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.weights import WeightPruning, check_scores
-from lightning_prune.curvature.hvp import Method, hessian_gradient, operations
+from lightning_prune.curvature.hvp import Method, hessian_gradient, operations_by_depth
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.structure.select import Pattern
 
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _REGRESSION = ("MseLoss", "SmoothL1Loss", "HuberLoss", "Abs")
 _CLASSIFICATION = ("NllLoss", "LogSoftmax", "Softmax", "Logsumexp", "BinaryCrossEntropy", "Sigmoid", "LogSigmoid")
+_LAYER = ("Addmm", "Mm", "Bmm", "Convolution")
 
 
 def flow_scores(weights: Sequence[Tensor], hessian_gradients: Sequence[Tensor], absolute: bool = False) -> list[Tensor]:
@@ -99,12 +100,17 @@ def tempered(module: nn.Module, temperature: float) -> Iterator[None]:
 
 
 def loss_kind(loss: Tensor) -> Literal["classification", "regression"] | None:
-    """Return which kind of loss a scalar is, by the operation nearest to it in its graph that tells; None if none does."""
-    for name in operations([loss]):
-        if name.startswith(_CLASSIFICATION):
+    """Return which kind of loss a scalar is, by the operation nearest to it in its graph that tells; None if none before the last layer does.
+
+    At equal depth classification wins: of a sum of both, the logits are what the temperature is for.
+    """
+    for names in operations_by_depth([loss]):
+        if any(name.startswith(_CLASSIFICATION) for name in names):
             return "classification"
-        if name.startswith(_REGRESSION):
+        if any(name.startswith(_REGRESSION) for name in names):
             return "regression"
+        if any(name.startswith(_LAYER) for name in names):
+            return None
     return None
 
 
@@ -205,7 +211,7 @@ class GraSP(WeightPruning):
         self.hvp, self.absolute, self.rule = hvp, absolute, rule
         self.logits_module, self.loss_fn = logits_module, loss_fn
         self.targets, self.num_classes, self.calibration_batches = targets, num_classes, calibration_batches
-        self._told = False
+        self._told = self._warned = False
         self._check()
 
     def _check(self) -> None:
@@ -279,17 +285,32 @@ class GraSP(WeightPruning):
 
     def _loss(self, task: Task, chunk: Any, index: int) -> Tensor | None:
         if self.loss_fn is not None:
-            loss = function_of(self, "loss_fn")(task.model, chunk, self.temperature)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ModelError(f"GraSP(loss_fn={self.loss_fn!r}) returned no scalar: {type(loss).__name__}.")
-            return loss
+            own = function_of(self, "loss_fn")(task.model, chunk, self.temperature)
+            if not isinstance(own, Tensor) or own.numel() != 1:
+                raise ModelError(f"GraSP(loss_fn={self.loss_fn!r}) returned no scalar: {type(own).__name__}.")
+            return own
         loss = task.probe.loss_if_any(chunk, index)
-        if loss is not None and self.temperature != 1 and loss_kind(loss) == "regression":
-            raise ModelError(
-                f"GraSP(temperature={self.temperature}): the loss of {type(task.model).__name__} is one of regression, whose outputs are no logits. "
-                "Give temperature=1, or loss_fn= with a temperature of its own."
-            )
+        if loss is not None and self.temperature != 1:
+            self._check_kind(loss, type(task.model).__name__)
         return loss
+
+    def _check_kind(self, loss: Tensor, model: str) -> None:
+        """Refuse a loss of regression; warn once where a temperature is applied and the kind is not known."""
+        kind = loss_kind(loss)
+        if kind == "regression":
+            raise ModelError(
+                f"GraSP(temperature={self.temperature}): the loss of {model} is one of regression, whose outputs are no logits. Give temperature=1, "
+                "or loss_fn= with a temperature of its own."
+            )
+        if kind is None and self.logits_module is not None and not self._warned:
+            self._warned = True
+            log.warning(
+                "GraSP(temperature=%s): whether the loss of %s is one of classification cannot be told. The temperature assumes that %r returns the "
+                "logits of a softmax or sigmoid; regression needs temperature=1.",
+                self.temperature,
+                model,
+                self.logits_module,
+            )
 
     def _tempered(self, task: Task) -> contextlib.AbstractContextManager[None]:
         logits = self._logits(task.model)

@@ -589,6 +589,32 @@ def test_a_temperature_for_regression_is_refused_and_1_is_not(where, loss):
 
 
 @pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: (z - y).square().mean(),
+        lambda z, y: nn.functional.gaussian_nll_loss(z, y, torch.ones(12, 1)),
+        nn.functional.poisson_nll_loss,
+    ],
+    ids=["by hand", "gaussian", "poisson"],
+)
+def test_a_temperature_for_a_loss_of_unknown_kind_is_one_warning(loss, caplog):
+    data = [(torch.randn(12, 5), torch.rand(12, 1))] * 2
+    task = task_of(Regression(), data, lambda model, batch: loss(model(batch[0]), batch[1]))
+
+    def told(method):
+        caplog.clear()
+        for _ in range(2):
+            method.score_weights(task, *everything(task))
+        return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+    (line,) = told(GraSP(sparsity=0.5, logits_module="head"))
+    assert line.startswith("GraSP(temperature=200.0): whether the loss of Regression is one of")
+    assert "regression needs temperature=1" in line
+    assert not told(GraSP(sparsity=0.5, logits_module="head", temperature=1.0))
+    assert not told(GraSP(sparsity=0.5))  # where it is not applied
+
+
+@pytest.mark.parametrize(
     ("loss", "kind"),
     [
         (lambda z: cross_entropy(z, torch.tensor([0, 1])) + 0.1 * z.abs().sum(), "classification"),
@@ -596,6 +622,12 @@ def test_a_temperature_for_regression_is_refused_and_1_is_not(where, loss):
         (lambda z: mse_loss(z.softmax(1), torch.ones(2, 3)), "regression"),
         (lambda z: z.logsumexp(1).mean(), "classification"),
         (lambda z: z.prod(), None),
+        (lambda z: cross_entropy(z, torch.tensor([0, 1])) + mse_loss(z, torch.ones(2, 3)), "classification"),
+        (lambda z: mse_loss(z, torch.ones(2, 3)) + cross_entropy(z, torch.tensor([0, 1])), "classification"),
+        (
+            lambda z: ((z.sigmoid() @ torch.ones(3, 1)) - 1).square().mean(),
+            None,
+        ),  # what is in the network tells nothing
     ],
 )
 def test_the_operation_nearest_to_the_loss_tells_its_kind(loss, kind):
