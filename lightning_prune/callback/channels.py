@@ -204,7 +204,7 @@ class ChannelPruning(Masking):
         flops: float | int | None = None,
         params: float | int | None = None,
         sparsity: float | dict[str, float] | None = None,
-        align: int = 8,
+        align: int = 16,
         min_channels: int = 1,
         scope: Scope = "global",
         include: Pattern | Sequence[Pattern] | None = None,

@@ -169,7 +169,7 @@ class Magnitude(Masking):
         flops: float | int | None = None,
         params: float | int | None = None,
         sparsity: float | dict[str, float] | None = None,
-        align: int = 8,
+        align: int = 16,
         min_channels: int = 1,
         scope: Literal["global", "uniform", "erk", "lamp"] = "global",
         min_kept: int = 0,

@@ -103,7 +103,7 @@ class Random(Masking):
         flops: float | int | None = None,
         params: float | int | None = None,
         sparsity: float | dict[str, float] | None = None,
-        align: int = 8,
+        align: int = 16,
         min_channels: int = 1,
         scope: Literal["global", "uniform", "erk"] = "global",
         min_kept: int = 0,
