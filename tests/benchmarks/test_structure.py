@@ -1,7 +1,7 @@
 """ResNet-50 at half its multiply-adds: how long it takes and what memory it needs; run with ``-m benchmark -s``.
 
-The yardstick of the first is torch-pruning, the only other engine that removes channels, in the same run (``pip install --no-deps torch-pruning``). It
-takes a ratio of channels, not of FLOPs; a target in FLOPs is reached as in its own benchmark, by steps until a count says that it is. What a
+The yardstick of the first is torch-pruning, the only other engine that removes channels, in the same run (``pip install --no-deps torch-pruning``).
+It takes a ratio of channels, not of FLOPs; a target in FLOPs is reached as in its own benchmark, by steps until a count says that it is. What a
 single pruning takes to a ratio that somebody has found before is printed, too: less than ``torch.export`` alone.
 """
 
