@@ -7,6 +7,7 @@ the running statistics of its batch normalization.
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 import logging
@@ -75,17 +76,10 @@ class Probe:
             batch = module.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
             return module.on_after_batch_transfer(batch, 0)
 
-        def step(batch: Any, index: int) -> Tensor | None:
-            positional = [
-                p for p in inspect.signature(module.training_step).parameters.values() if p.kind <= p.VAR_POSITIONAL
-            ]
-            numbered = len(positional) > 1 or any(p.kind == p.VAR_POSITIONAL for p in positional)
-            output = module.training_step(batch, index) if numbered else module.training_step(batch)
-            return output.get("loss") if isinstance(output, dict) else output
-
         bar = trainer.progress_bar_callback
         shown = bar is not None and getattr(bar, "is_enabled", True) and trainer.is_global_zero
         mean = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")  # noqa: E731
+        step = functools.partial(training_loss, module)
         return cls(module, trainer.train_dataloader, step, prepare=prepare, mean=mean, progress=bool(shown))
 
     @classmethod
@@ -93,7 +87,7 @@ class Probe:
         cls,
         model: nn.Module,
         data: Iterable[Any] | None,
-        loss: Callable[[nn.Module, Any], Tensor] | None,
+        loss: Callable[[nn.Module, Any], Tensor | None] | None,
         progress: bool = False,
     ) -> Self:
         """Ask with given batches and ``loss(model, batch)``, a scalar; without a loss the first entry of a batch is the input."""
@@ -278,6 +272,14 @@ class Probe:
             for batch in self.batches(1, "Looking at one batch"):
                 self._step(batch, 0)
         return tuple(calls)
+
+
+def training_loss(module: Any, batch: Any, index: int = 0) -> Tensor | None:
+    """Return what the ``training_step`` of a LightningModule returns for a batch, a scalar; None if it skips the batch."""
+    positional = [p for p in inspect.signature(module.training_step).parameters.values() if p.kind <= p.VAR_POSITIONAL]
+    numbered = len(positional) > 1 or any(p.kind == p.VAR_POSITIONAL for p in positional)
+    output = module.training_step(batch, index) if numbered else module.training_step(batch)
+    return output.get("loss") if isinstance(output, dict) else output
 
 
 @contextlib.contextmanager

@@ -141,6 +141,21 @@ def check_choice(owner: object, name: str, allowed: Sequence[object]) -> None:
         raise OptionError(f"{type(owner).__name__}({name}={value!r}): give {' or '.join(map(repr, allowed))}.")
 
 
+def named_module(owner: object, option: str, model: nn.Module) -> nn.Module:
+    """Return the submodule that an option names; ``""`` is the model itself.
+
+    Raises:
+        OptionError: If there is none of that name.
+    """
+    name = getattr(owner, option)
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise OptionError(
+            f"{type(owner).__name__}({option}={name!r}): {error}. Give a name from named_modules()."
+        ) from error
+
+
 def nothing_to_change(method: str, left_alone: Mapping[str, str]) -> ModelError:
     """Return the error for a compression that would change nothing, with the reasons."""
     reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in left_alone.items())

@@ -3,19 +3,18 @@
 import csv
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from torch import Tensor
 
 from lightning_prune.callback.task import Task
 from lightning_prune.files import write_text
 from lightning_prune.structure.carrier import plan_of
-from lightning_prune.structure.masks import cut_masks
+from lightning_prune.structure.masks import cut_mask, cut_masks
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
+from lightning_prune.structure.steps import MaskWeight, Step
 
 if TYPE_CHECKING:
     from lightning_prune.callback.compression import Compression
@@ -55,7 +54,7 @@ def layer_facts(plan: Plan) -> dict[str, float]:
     for place, step in enumerate(plan.steps):
         name = _name(step)
         if isinstance(step, MaskWeight):
-            mask = _left(step, plan.steps[place + 1 :])
+            mask = cut_mask(step, plan.steps[place + 1 :])
             kept = int(mask.sum()) / max(1, step.mask.numel())
             step_facts = MaskWeight.of(step.module, step.parameter, mask).facts()
             masked.add(name)
@@ -65,15 +64,6 @@ def layer_facts(plan: Plan) -> dict[str, float]:
         facts[f"kept/{name}"] = facts.get(f"kept/{name}", 1.0) * kept
         facts |= {f"{fact}/{name}": value for fact, value in step_facts.items()}
     return facts
-
-
-def _left(step: MaskWeight, later: Sequence[Step]) -> Tensor:
-    """Return a mask in the shape that later cuts of its parameter leave."""
-    mask = step.mask
-    for cutting in later:
-        if isinstance(cutting, KeepChannels) and cutting.module == step.module and step.parameter in cutting.tensors:
-            mask = cutting.tensors[step.parameter].select(mask)
-    return mask
 
 
 def _name(step: Step) -> str:

@@ -25,11 +25,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_prune.curvature.hvp import operations
+from lightning_prune.curvature.hvp import second_derivative
 from lightning_prune.curvature.products import Product
 from lightning_prune.errors import ModelError
 
 log = logging.getLogger(__name__)
+_ONCE = "Take curvature='ggn' or 'fisher' with logits_module=, or order='lm'."
 _AT_ONCE = 2**22  # entries of what is squared or multiplied at a time
 _STORED = 2**26  # entries of the gradients of outputs that are kept at a time
 
@@ -355,29 +356,16 @@ def hutchinson_diagonal(
     """
     tensors = list(weights.values())
     gradients = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
-    if "torch::autograd::Error" in operations(g for g in gradients if g is not None):  # autograd would take it for zero
-        raise _once("a torch.autograd.Function marked @once_differentiable")
-    used = [(g, w) for g, w in zip(gradients, tensors, strict=True) if g is not None and g.requires_grad]
+    used = [g for g in gradients if g is not None and g.requires_grad]
     found = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
-    for _ in range(draws if used else 0):
-        signs = [
-            torch.randint(0, 2, w.shape, generator=generator, device=w.device).to(w.dtype) * 2 - 1 for w in tensors
-        ]
-        towards = [v for v, g in zip(signs, gradients, strict=True) if g is not None and g.requires_grad]
-        try:
-            curved = torch.autograd.grad([g for g, _ in used], tensors, towards, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "not implemented" not in str(error):
-                raise
-            raise _once(str(error)) from error
-        for name, v, product in zip(found, signs, curved, strict=True):
-            if product is not None:
-                found[name] += (v * product).double() / draws
+    with second_derivative([g for g in gradients if g is not None], _ONCE):
+        for _ in range(draws if used else 0):
+            signs = [
+                torch.randint(0, 2, w.shape, generator=generator, device=w.device).to(w.dtype) * 2 - 1 for w in tensors
+            ]
+            towards = [v for v, g in zip(signs, gradients, strict=True) if g is not None and g.requires_grad]
+            curved = torch.autograd.grad(used, tensors, towards, retain_graph=True, allow_unused=True)
+            for name, v, product in zip(found, signs, curved, strict=True):
+                if product is not None:
+                    found[name] += (v * product).double() / draws
     return found
-
-
-def _once(what: str) -> ModelError:
-    return ModelError(
-        f"An operation of this loss can be differentiated once only, which is too little for its Hessian: {what}. Take curvature='ggn' or 'fisher' "
-        "with logits_module=, or order='lm'."
-    )

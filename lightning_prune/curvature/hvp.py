@@ -33,6 +33,7 @@ Method = Literal["exact", "finite_difference"]
 
 _STEP = {torch.float64: 1e-6}  # c above, else 1e-4: where rounding and truncation, and kinks crossed, are in balance
 _NOISY = (_DropoutNd, nn.RNNBase, nn.MultiheadAttention)  # what is random in training mode and the same otherwise
+_DIFFERENCES = "Give hvp='finite_difference', which needs first derivatives only, or use another operation."
 _NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?(\w+?)(?:_backward)?'? is not implemented")
 
 
@@ -115,7 +116,7 @@ def hessian_product(
         if not pairs:
             return [torch.zeros_like(w) for w in weights]
         gradients, vectors = zip(*pairs, strict=True)
-        with _named_operation(gradients):
+        with second_derivative(gradients, _DIFFERENCES):
             return torch.autograd.grad(gradients, weights, vectors, allow_unused=True, materialize_grads=True)
 
     return _total(losses, weights, product, reduce)
@@ -198,25 +199,31 @@ def operations_by_depth(tensors: Iterable[Tensor]) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _named_operation(gradients: Sequence[Tensor]) -> Iterator[None]:
-    """Say which operation has no second derivative, and the way out."""
-    if "torch::autograd::Error" in operations(
-        gradients
-    ):  # such a node has no way on, so autograd would take it for zero
-        raise _not_twice("a torch.autograd.Function marked @once_differentiable")
+def second_derivative(gradients: Sequence[Tensor], remedy: str) -> Iterator[None]:
+    """Differentiate ``gradients`` inside the block; say which operation has no second derivative, and the way out.
+
+    Args:
+        gradients: With their graphs.
+        remedy: What to do then, a sentence.
+
+    Raises:
+        ModelError: If an operation has none; names it.
+    """
+    once = "a torch.autograd.Function marked @once_differentiable"
+    if "torch::autograd::Error" in operations(gradients):  # such a node has no way on, so autograd takes it for zero
+        raise _not_twice(once, remedy)
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one
         missing = _NO_DERIVATIVE.search(str(error))
         if missing is None:
             raise
-        raise _not_twice(missing[1].lstrip("_")) from error
+        raise _not_twice(missing[1].lstrip("_"), remedy) from error
 
 
-def _not_twice(operation: str) -> ModelError:
+def _not_twice(operation: str, remedy: str) -> ModelError:
     return ModelError(
-        f"Double backward is not implemented for {operation}, which the loss of this model uses. Give hvp='finite_difference', which "
-        "needs first derivatives only, or use another operation."
+        f"Double backward is not implemented for {operation}, which the loss of this model uses. {remedy}"
     )
 
 

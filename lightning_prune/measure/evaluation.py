@@ -1,7 +1,6 @@
 """What a model is worth on some data: the mean of a loss, or a metric, over the same samples in the same order every time it is asked."""
 
 import copy
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import ModelError, OptionError
-from lightning_prune.probe import FOREIGN, Probe
+from lightning_prune.probe import FOREIGN, Probe, training_loss
 from lightning_prune.structure.calls import as_calls
 from lightning_prune.structure.prunable import prunable_layers, prunable_weights
 from lightning_prune.structure.select import Pattern, select
@@ -116,15 +115,6 @@ class Evaluation:
             metric.update(next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), batch[-1])
             samples += batch_size(batch)
         return samples, float(metric.compute()) if samples else math.nan
-
-
-def training_loss(model: Any, batch: Any) -> Tensor:
-    """Return what the ``training_step`` of a LightningModule returns for a batch, a scalar."""
-    parameters = inspect.signature(model.training_step).parameters.values()
-    positional = [p for p in parameters if p.kind <= p.VAR_POSITIONAL]
-    numbered = len(positional) > 1 or any(p.kind == p.VAR_POSITIONAL for p in positional)
-    output = model.training_step(batch, 0) if numbered else model.training_step(batch)
-    return output["loss"] if isinstance(output, dict) else output  # type: ignore[no-any-return]
 
 
 def batch_size(batch: Any) -> int:

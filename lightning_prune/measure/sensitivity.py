@@ -234,9 +234,5 @@ def unit_norms(model: nn.Module, structure: Structure) -> NDArray[np.float64]:
             continue
         squares = parameters[name].detach().double().square()
         for slot in slots:
-            axes = (0, 1) if slot.units.ndim == 2 else (slot.axis,)
-            others = [axis for axis in range(squares.ndim) if axis not in axes]
-            sums = (squares.sum(others) if others else squares).cpu().numpy().reshape(-1)
-            units = slot.units.reshape(-1)
-            total += np.bincount(units[units >= 0], sums[units >= 0], minlength=structure.count)
+            total += slot.sums(squares, structure.count)
     return np.sqrt(total)

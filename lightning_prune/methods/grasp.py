@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_prune.budget.weights import Scope
 from lightning_prune.callback.batches import balanced_chunks, function_of, labels_of, losses_of, plain_chunks, scoring
-from lightning_prune.callback.checks import check_choice, check_integer
+from lightning_prune.callback.checks import check_choice, check_integer, named_module
 from lightning_prune.callback.masking import Schedule
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.weights import WeightPruning, check_scores
@@ -325,11 +325,4 @@ class GraSP(WeightPruning):
         return contextlib.nullcontext()
 
     def _logits(self, model: nn.Module) -> nn.Module | None:
-        if self.logits_module is None:
-            return None
-        try:
-            return model.get_submodule(self.logits_module)
-        except AttributeError as error:
-            raise OptionError(
-                f"GraSP(logits_module={self.logits_module!r}): {error}. Give a name from named_modules()."
-            ) from error
+        return None if self.logits_module is None else named_module(self, "logits_module", model)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.budget.weights import Scope, select_weights
 from lightning_prune.callback.batches import loss_alone, no_loss
-from lightning_prune.callback.checks import check_choice, check_integer
+from lightning_prune.callback.checks import check_choice, check_integer, named_module
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.weights import WeightPruning, check_scores
 from lightning_prune.curvature.diagonal import (
@@ -287,12 +287,7 @@ class LossModel(WeightPruning):
             handle.remove()
 
     def _outputs_module(self, model: nn.Module) -> nn.Module:
-        try:
-            return model.get_submodule(self.logits_module or "")
-        except AttributeError as error:
-            raise OptionError(
-                f"LossModel(logits_module={self.logits_module!r}): {error}. Give a name from named_modules()."
-            ) from error
+        return model if self.logits_module is None else named_module(self, "logits_module", model)
 
     def _only(self, outputs: list[Tensor]) -> Tensor:
         if len(outputs) != 1:

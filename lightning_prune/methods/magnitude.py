@@ -49,25 +49,12 @@ def slice_norms(
     powers = weight.detach().double().abs() ** norm
     for slot in slots:
         stays = torch.from_numpy(np.append(kept, True)[slot.units]).to(weight.device)
-        powers *= _along(stays, slot.axis, weight.ndim)
+        powers *= slot.along(stays, weight.ndim)
     found = []
     for slot in slots:
-        axes = (0, 1) if slot.units.ndim == 2 else (slot.axis,)
-        others = [axis for axis in range(weight.ndim) if axis not in axes]
-        sums = (powers.sum(others) if others else powers).cpu().numpy().reshape(-1)
-        units = slot.units.reshape(-1)
-        inside = units >= 0
-        total = np.bincount(units[inside], sums[inside], minlength=len(kept))
-        norms = total.astype(np.float64) ** (1.0 / norm)
-        found.append((norms, np.bincount(units[inside], minlength=len(kept)) > 0))
+        here = np.bincount(slot.units[slot.units >= 0], minlength=len(kept)) > 0
+        found.append((slot.sums(powers, len(kept)) ** (1.0 / norm), here))
     return found
-
-
-def _along(stays: Tensor, axis: int, ndim: int) -> Tensor:
-    """Shape what holds for an axis, or for the first two, so that it broadcasts over a weight of ``ndim`` axes."""
-    if stays.ndim == 2:
-        return stays.view(*stays.shape, *[1] * (ndim - 2))
-    return stays.view([-1 if a == axis else 1 for a in range(ndim)])
 
 
 def unit_norms(

@@ -88,10 +88,10 @@ def dead_units(structure: Structure, masks: Mapping[str, Flags]) -> tuple[Flags,
         for name, slots in tensors.items():
             entries = masks.get(name, np.ones(structure.shapes[name], bool))
             for slot in slots:
-                entries = entries & _along(stays[slot.units], slot, entries.ndim)
+                entries = entries & slot.along(stays[slot.units], entries.ndim)
             for slot in slots:
                 side = "written" if slot.zeroed else "read"
-                flat = entries.any(axis=_others(slot, entries.ndim)).reshape(-1)
+                flat = entries.any(axis=slot.others(entries.ndim)).reshape(-1)
                 units = slot.units.reshape(-1)
                 alive[side][units[flat & (units >= 0)]] = True
                 has[side][units[units >= 0]] = True
@@ -102,17 +102,6 @@ def dead_units(structure: Structure, masks: Mapping[str, Flags]) -> tuple[Flags,
         if (now[0] == unwritten).all() and (now[1] == unread).all():
             return unwritten, unread
         unwritten, unread = now
-
-
-def _along(values: Flags, slot: Slot, ndim: int) -> Flags:
-    if slot.units.ndim == 2:
-        return values.reshape(*values.shape, *[1] * (ndim - 2))
-    return values.reshape([-1 if axis == slot.axis else 1 for axis in range(ndim)])
-
-
-def _others(slot: Slot, ndim: int) -> tuple[int, ...]:
-    own = (0, 1) if slot.units.ndim == 2 else (slot.axis,)
-    return tuple(axis for axis in range(ndim) if axis not in own)
 
 
 def has_empty_slice(masks: Mapping[str, Tensor]) -> bool:
@@ -182,7 +171,7 @@ def _readers(structure: Structure, masks: Mapping[str, Flags], units: Flags) -> 
         for slot in slots:
             if slot.zeroed:
                 continue
-            used = entries.any(axis=_others(slot, entries.ndim)) & (slot.units >= 0)
+            used = entries.any(axis=slot.others(entries.ndim)) & (slot.units >= 0)
             read = np.unique(slot.units[used])
             read = read[units[read]]
             if read.size:
@@ -280,7 +269,7 @@ def _changes_nothing(
                 if slot.zeroed and slot.units.ndim == 1:
                     rows = torch.from_numpy(np.append(unread, False)[slot.units])
                     noise = torch.randn(values.shape, generator=generator).to(values)
-                    where = rows.view([-1 if a == slot.axis else 1 for a in range(values.ndim)]).to(values.device)
+                    where = slot.along(rows, values.ndim).to(values.device)
                     values = torch.where(where, values + noise * values.std().nan_to_num(1.0), values)
             model.get_parameter(name).data = values
         proof.expect(model)

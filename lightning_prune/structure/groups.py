@@ -8,9 +8,11 @@ demands that equally many units of several blocks leave, whichever they are.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from lightning_prune.structure.attention import MultiheadAttention, open_heads
 from lightning_prune.structure.calls import Call
@@ -38,6 +40,28 @@ class Slot:
     axis: int
     units: np.ndarray
     zeroed: bool
+
+    def along(self, values: Any, ndim: int) -> Any:
+        """Shape values that lie as ``units`` do, an array or a tensor, so that they broadcast over a tensor of ``ndim`` axes."""
+        if self.units.ndim == 2:
+            return values.reshape(*values.shape, *[1] * (ndim - 2))
+        return values.reshape([-1 if axis == self.axis else 1 for axis in range(ndim)])
+
+    def others(self, ndim: int) -> tuple[int, ...]:
+        """Return the axes of a tensor of ``ndim`` axes along which the unit does not change."""
+        own = (0, 1) if self.units.ndim == 2 else (self.axis,)
+        return tuple(axis for axis in range(ndim) if axis not in own)
+
+    def sums(self, values: Tensor, count: int) -> NDArray[np.float64]:
+        """Return the sum over the slice of every unit, ``[count]``, float64; 0 for units that have none here.
+
+        Args:
+            values: Of the tensor's shape, float64.
+            count: Number of all units.
+        """
+        others, units = self.others(values.ndim), self.units.reshape(-1)
+        flat = (values.sum(others) if others else values).cpu().numpy().reshape(-1)
+        return np.bincount(units[units >= 0], flat[units >= 0], minlength=count).astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)

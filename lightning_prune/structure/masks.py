@@ -1,7 +1,7 @@
 """Masks that hold: entries and slices of parameters kept at zero while a model trains."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -77,7 +77,8 @@ def cut_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for place, step in enumerate(plan.steps):
         if isinstance(step, MaskWeight) and step.key in tensors:
-            mask = _cut(step, plan.steps[place + 1 :], tensors)
+            own = tensors[step.key]
+            mask = cut_mask(step, plan.steps[place + 1 :], lambda key, own=own: tensors.get(key) is own)  # type: ignore[misc]
             found[step.key] = found[step.key] & mask if step.key in found else mask
     return found
 
@@ -121,12 +122,19 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
 
 
-def _cut(step: MaskWeight, later: Sequence[Step], tensors: dict[str, Tensor]) -> Tensor:
-    """Cut a mask as the steps after it cut its parameter, whichever of the names of a tied one they use."""
+def cut_mask(step: MaskWeight, later: Sequence[Step], is_its: Callable[[str], bool] | None = None) -> Tensor:
+    """Return a mask in the shape that the steps after it leave of its parameter.
+
+    Args:
+        step: The mask.
+        later: The steps after it.
+        is_its: Tells whether a full name is one of the parameter's, of which a tied one has several; by default the step's own alone.
+    """
+    is_its = is_its or step.key.__eq__
     mask = step.mask
     for cutting in later:
         if isinstance(cutting, KeepChannels):
             for name, cut in cutting.tensors.items():
-                if tensors.get(cutting.key(name)) is tensors[step.key]:
+                if is_its(cutting.key(name)):
                     mask = cut.select(mask)
     return mask
