@@ -55,11 +55,12 @@ def compact(model: M, plan: Plan, calls: Sequence[Call] = ()) -> M:
 def compact_(model: nn.Module, plan: Plan, calls: Sequence[Call] = ()) -> None:
     """Make ``model`` smaller in place; see :func:`compact`. The model carries the plan afterwards, and after an error it is what it was."""
     widths = any(isinstance(step, KeepChannels | OpenHeads) for step in plan.steps)
-    with _undone_on_error(model):
+    with _put_back(model, only_on_error=True):
         proof = Proof(calls, [step.module for step in plan.steps], widths)
         if calls:
-            mask_(model, plan)
-            proof.expect(model)
+            with _put_back(model):  # a step may multiply: it is taken once
+                mask_(model, plan)
+                proof.expect(model)
         for step in plan.steps:
             step.apply(model)
         proof.check(model)
@@ -79,7 +80,7 @@ def mask_(model: nn.Module, plan: Plan) -> None:
     Raises:
         PlanError: If the plan is for another model, or changes again what it has changed already.
     """
-    with _undone_on_error(model):
+    with _put_back(model, only_on_error=True):
         try:
             for step in plan.steps:
                 step.emulate(model)
@@ -93,8 +94,8 @@ def mask_(model: nn.Module, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Put modules, their attributes and the storages of all tensors back if the block raises."""
+def _put_back(model: nn.Module, only_on_error: bool = False) -> Iterator[None]:
+    """Put modules, their attributes and the storages of all tensors back after the block."""
     modules = [(module, dict(vars(module))) for module in model.modules()]
     held: list[dict[str, Any]] = [d for m, _ in modules for d in (m._parameters, m._buffers, m._modules)]
     members = [(entries, dict(entries)) for entries in held]
@@ -102,7 +103,7 @@ def _undone_on_error(model: nn.Module) -> Iterator[None]:
     done = False
     try:
         yield
-        done = True
+        done = only_on_error
     finally:
         if not done:
             for module, attributes in modules:

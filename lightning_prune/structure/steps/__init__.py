@@ -11,9 +11,10 @@ from lightning_prune.structure.steps.channels import KeepChannels
 from lightning_prune.structure.steps.cut import Cut
 from lightning_prune.structure.steps.factorize import Factorize
 from lightning_prune.structure.steps.mask import MaskWeight, pack_bits, unpack_bits
+from lightning_prune.structure.steps.scale import ScaleInputs
 
 STEPS: dict[str, type[Step]] = {
-    kind.action: kind for kind in (MaskWeight, AbsorbConstants, Factorize, KeepChannels, OpenHeads)
+    kind.action: kind for kind in (MaskWeight, AbsorbConstants, ScaleInputs, Factorize, KeepChannels, OpenHeads)
 }
 
 
@@ -45,6 +46,7 @@ __all__ = [
     "KeepChannels",
     "MaskWeight",
     "OpenHeads",
+    "ScaleInputs",
     "Step",
     "pack_bits",
     "read_step",
