@@ -43,7 +43,7 @@ class Probe:
         data: The batches, as often as asked for; None where there are none.
         step: ``step(batch, index)`` runs the model on a batch and returns a scalar loss, or None where only the forward pass is known.
         prepare: Brings a batch to the device of the model.
-        mean: Averages a tensor over the ranks.
+        reduce: Takes a tensor of every rank together, by ``"mean"``, ``"sum"`` or ``"max"``.
         progress: Whether to show a progress bar.
     """
 
@@ -54,14 +54,14 @@ class Probe:
         step: Callable[[Any, int], Tensor | None],
         *,
         prepare: Callable[[Any], Any] = lambda batch: batch,
-        mean: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        reduce: Callable[[Tensor, str], Tensor] = lambda tensor, _how: tensor,
         progress: bool = False,
     ) -> None:
         self.model = model
         self.data = data
         self._step = step
         self._prepare = prepare
-        self._mean = mean
+        self._reduce = reduce
         self._progress = progress
 
     @classmethod
@@ -78,9 +78,9 @@ class Probe:
 
         bar = trainer.progress_bar_callback
         shown = bar is not None and getattr(bar, "is_enabled", True) and trainer.is_global_zero
-        mean = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")  # noqa: E731
+        reduce = lambda tensor, how: trainer.strategy.reduce(tensor, reduce_op=how)  # noqa: E731
         step = functools.partial(training_loss, module)
-        return cls(module, trainer.train_dataloader, step, prepare=prepare, mean=mean, progress=bool(shown))
+        return cls(module, trainer.train_dataloader, step, prepare=prepare, reduce=reduce, progress=bool(shown))
 
     @classmethod
     def of_data(
@@ -138,9 +138,30 @@ class Probe:
             raise ModelError(f"This needs a scalar loss; the training step returned {type(value).__name__}.")
         return value
 
+    def run(self, batch: Any, index: int, calls: Sequence[Call]) -> None:
+        """Run the model on a prepared batch for what its layers see: through the training step, or, with manual optimization, ``forward``.
+
+        Args:
+            batch: The batch; with manual optimization its first entries are the arguments.
+            index: Its number.
+            calls: Example calls, for manual optimization.
+        """
+        if getattr(self.model, "automatic_optimization", True):
+            self._step(batch, index)
+        else:
+            _matching(batch, calls).run(self.model)
+
     def mean(self, tensor: Tensor) -> Tensor:
         """Average a tensor over the ranks, in one collective; in a single process it is returned as it is."""
-        return self._mean(tensor)
+        return self._reduce(tensor, "mean")
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Take the largest of every entry of a tensor over the ranks, in one collective; in a single process it is returned as it is."""
+        return self._reduce(tensor, "max")
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in one collective; in a single process it is returned as it is."""
+        return self._reduce(tensor, "sum")
 
     @contextlib.contextmanager
     def quiet(self, mode: Literal["eval", "train"] | None = None) -> Iterator[None]:
@@ -226,7 +247,6 @@ class Probe:
 
     def _statistics(self, norms: Sequence[_BatchNorm], count: int, calls: Sequence[Call]) -> list[dict[str, Tensor]]:
         """Return the buffers that each layer has after ``count`` batches, averaged over ranks; put everything back."""
-        manual = not getattr(self.model, "automatic_optimization", True)
         momenta = [norm.momentum for norm in norms]
         with self.quiet(mode="eval"), torch.no_grad():
             for norm in norms:
@@ -235,17 +255,14 @@ class Probe:
                 norm.train()
             try:
                 for index, batch in enumerate(self.batches(count, "Recalibrating batch normalization")):
-                    if manual:
-                        _matching(batch, calls).run(self.model)
-                    else:
-                        self._step(batch, index)
+                    self.run(batch, index, calls)
                 return [{name: self._averaged(b) for name, b in norm.named_buffers()} for norm in norms]
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):
                     norm.momentum = momentum
 
     def _averaged(self, buffer: Tensor) -> Tensor:
-        return self._mean(buffer.clone()) if buffer.is_floating_point() else buffer.clone()
+        return self.mean(buffer.clone()) if buffer.is_floating_point() else buffer.clone()
 
     def _observe(self) -> tuple[Call, ...]:
         calls: list[Call] = []

@@ -41,6 +41,12 @@ class UnitScores:
     gone: NDArray[np.bool_]
 
     @classmethod
+    def of(cls, structure: Structure, values: NDArray[np.float64], gone: NDArray[np.bool_]) -> "UnitScores":
+        """Return scores with which blocks of units that are masked already are the first to leave."""
+        low = values[~gone].min(initial=0.0)
+        return cls(structure, np.where(gone, low - max(1.0, abs(low)), values), gone)
+
+    @classmethod
     def none(cls, structure: Structure) -> "UnitScores":
         """Return scores that prefer no unit."""
         return cls(structure, np.zeros(structure.count), np.zeros(structure.count, bool))
@@ -113,12 +119,9 @@ class ChannelRemoval:
     def score(self, task: Task, found: Structure, pending: Sequence[Step], share: float | None) -> UnitScores:
         """Score the units; blocks of masked ones are the first to leave."""
         gone = removed_units(found, pending)
-        values = np.zeros(found.count)
-        if share is not None and found.count:
-            values = np.asarray(self.score_units(task, found, ~gone), np.float64)
-            low = values[~gone].min(initial=0.0)
-            values = np.where(gone, low - max(1.0, abs(low)), values)
-        return UnitScores(found, values, gone)
+        if share is None or not found.count:
+            return UnitScores(found, np.zeros(found.count), gone)
+        return UnitScores.of(found, np.asarray(self.score_units(task, found, ~gone), np.float64), gone)
 
     def steps(self, task: Task, scores: UnitScores, share: float | None) -> tuple[Step, ...]:
         """Return the steps that remove what has to leave, masked units included.

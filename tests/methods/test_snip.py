@@ -31,7 +31,7 @@ def loss(model, batch):
 
 
 def score(model, data, mean=lambda tensor: tensor, **options):
-    probe = Probe(model, data, lambda batch, _: loss(model, batch), mean=mean)
+    probe = Probe(model, data, lambda batch, _: loss(model, batch), reduce=lambda tensor, _how: mean(tensor))
     weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
     kept = {name: torch.ones(w.shape, dtype=torch.bool) for name, w in weights.items()}
     task = Task.of(model, probe, as_calls(data[0][0]))
