@@ -20,7 +20,7 @@ it was constructed; the drop-in takes that.
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from lightning_prune.errors import ModelError
-
-_Module = TypeVar("_Module", bound=nn.Module)
+from lightning_prune.structure.dropin import twin, why_not_called
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -209,7 +208,7 @@ def open_heads(mha: nn.MultiheadAttention) -> MultiheadAttention:
     reason = _why_not(mha)
     if reason is not None:
         raise ModelError(f"The heads of a {type(mha).__name__} cannot be opened: {reason}.")
-    drop_in = _twin(mha, MultiheadAttention)
+    drop_in = twin(mha, MultiheadAttention)
     drop_in._qkv_same_embed_dim = False
     return drop_in
 
@@ -232,7 +231,7 @@ def close_heads(drop_in: MultiheadAttention) -> nn.MultiheadAttention:
             f"Heads are closed on the {MultiheadAttention.__module__}.{MultiheadAttention.__name__} that open_heads "
             f"returned, got a {type(drop_in).__module__}.{type(drop_in).__name__}."
         )
-    mha = _twin(drop_in, nn.MultiheadAttention)
+    mha = twin(drop_in, nn.MultiheadAttention)
     mha._qkv_same_embed_dim = mha.in_proj_weight is not None
     mha.num_heads = mha.embed_dim // mha.head_dim
     for name, shape in _shapes(mha).items():
@@ -241,23 +240,11 @@ def close_heads(drop_in: MultiheadAttention) -> nn.MultiheadAttention:
         if old is None or tuple(old.shape) == shape:
             continue
         if owner and mha.out_proj is drop_in.out_proj:
-            mha.out_proj = _twin(drop_in.out_proj, type(drop_in.out_proj))
+            mha.out_proj = twin(drop_in.out_proj, type(drop_in.out_proj))
             mha.out_proj.in_features = mha.embed_dim
         new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
         mha.get_submodule(owner).register_parameter(key, new)
     return mha
-
-
-def _twin(module: nn.Module, cls: type[_Module]) -> _Module:
-    """Make a ``cls`` of everything that ``module`` holds.
-
-    Hooks stay in the same dictionaries, by which their handles know them; what a module is made of gets its own.
-    """
-    twin = cls.__new__(cls)
-    vars(twin).update(vars(module))
-    for name in ("_parameters", "_buffers", "_modules"):
-        vars(twin)[name] = vars(module)[name].copy()
-    return twin
 
 
 def _shapes(mha: nn.MultiheadAttention) -> dict[str, tuple[int, ...]]:
@@ -286,18 +273,7 @@ def _why_not(mha: nn.Module) -> str | None:
         return "it is quantized or prepared for it"
     if type(mha) is not nn.MultiheadAttention:
         return "only torch.nn.MultiheadAttention itself has a drop-in, and this class has code of its own"
-    return _why_not_called(mha) or _why_not_held(mha)
-
-
-def _why_not_called(mha: nn.MultiheadAttention) -> str | None:
-    replaced = [name for name in vars(mha) if callable(getattr(type(mha), name, None))]
-    if replaced:
-        return f"its {replaced[0]} was replaced on this instance"
-    if mha._compiled_call_impl is not None:
-        return "it was compiled in place: compile the model after it has become smaller"
-    if any(getattr(hook, "with_module", False) for hook in mha._load_state_dict_pre_hooks.values()):
-        return "it has a load_state_dict pre-hook, which torch binds to this very module: remove the hook first"
-    return None
+    return why_not_called(mha) or _why_not_held(mha)
 
 
 def _why_not_held(mha: nn.MultiheadAttention) -> str | None:

@@ -98,6 +98,7 @@ class Structure:
         parameters: Names of the parameters, tied ones under their first name.
         opened: Attention modules that must be opened before their heads can leave.
         written: Whether the model's code works with sizes as numbers, which may stem from any shape.
+        gathers: The unit of every channel of the stream from which a layer gathers its inputs, ``[stream]``, by name of the layer.
         mixed: Units over which an operation sums without a weight, such as a norm of all channels.
     """
 
@@ -113,6 +114,7 @@ class Structure:
     parameters: frozenset[str]
     opened: tuple[str, ...]
     written: bool
+    gathers: Mapping[str, np.ndarray]
     mixed: np.ndarray
 
     @functools.cached_property
@@ -181,6 +183,7 @@ class Structure:
             reasons=reasons,
             ties=ties,
             sizes=tuple(dataclasses.replace(s, labels=renumber[s.labels]) for s in self.sizes),
+            gathers={layer: renumber[stream] for layer, stream in self.gathers.items()},
             mixed=_some(renumber[self.mixed]),
             terms=tuple((f, tuple(renumber[a] for a in axes), d) for f, axes, d in self.terms),
         )
@@ -273,6 +276,7 @@ def _structure(
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         parameters=frozenset(name for name, _ in model.named_parameters()),
         written=labels.written,
+        gathers={layer: units[stream] for layer, stream in labels.gathers.items()},
         mixed=_some(units[np.concatenate([*labels.mixed, np.zeros(0, np.int64)])]),
         opened=tuple(n for n in opened if isinstance(model.get_submodule(n), MultiheadAttention)),
     )

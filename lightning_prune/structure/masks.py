@@ -37,8 +37,7 @@ class Masks:
         pairs = [(step.key, step.mask) for step in steps if isinstance(step, MaskWeight)]
         for step in steps:
             if isinstance(step, KeepChannels):
-                slices = {step.key(name): cut.zero_mask() for name, cut in step.tensors.items()}
-                pairs += [(key, mask) for key, mask in slices.items() if mask is not None]
+                pairs += [(step.key(name), mask) for name, mask in step.held()]
         masks._set((tensors[key], mask) for key, mask in pairs)
         return masks
 

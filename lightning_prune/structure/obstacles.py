@@ -67,13 +67,17 @@ def obstacles(model: nn.Module) -> dict[str, str]:
         Reason by module name, in the order of ``named_modules``, for every Linear and convolution, every module that
         holds a parameter of two or more dimensions itself, and every lazy or quantized one, that cannot be factorized.
     """
-    around = _shared(model) | _read_by_others(model) | _wrapped(model)
-    found = {}
+    around, found = obstacles_around(model), {}
     for name, module in model.named_modules():
         reason = obstacle(module) or around.get(name)
         if reason is not None and (_holds_weights(module) or isinstance(module, tuple(LAYERS.values()))):
             found[name] = reason
     return found
+
+
+def obstacles_around(model: nn.Module) -> dict[str, str]:
+    """List the modules that something around them needs as they are, with the reason; of a shared one only its first name."""
+    return _shared(model) | _read_by_others(model) | _wrapped(model)
 
 
 def _obstacle_of_weight(layer: nn.Module) -> str | None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_prune.structure.gathered import reads_of
 from lightning_prune.structure.groups import Slot, Structure
-from lightning_prune.structure.steps import Cut, KeepChannels, OpenHeads, Step, pack_bits, unpack_bits
+from lightning_prune.structure.steps import Cut, GatherInputs, KeepChannels, OpenHeads, Step, pack_bits, unpack_bits
 from lightning_prune.structure.tracing.labels import Size
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -43,8 +44,9 @@ def removal_steps(model: nn.Module, structure: Structure, kept: np.ndarray) -> t
             steps.append(OpenHeads.of(name, module))
         counted = numbers.get(name, {})
         attributes = static_sizes(module, _own_shapes(name, module, shapes, first), counted) | counted
-        if name in cuts or attributes:
-            steps += _channel_steps(structure, name, cuts.get(name, {}), attributes)
+        own = _channel_steps(structure, name, cuts.get(name, {}), attributes) if name in cuts or attributes else []
+        stream = stays[structure.gathers[name]] if name in structure.gathers else np.ones(1, bool)
+        steps += own if stream.all() else [_renumbered(name, module, own, torch.from_numpy(stream))]
     return tuple(steps)
 
 
@@ -63,6 +65,13 @@ def _channel_steps(
         only = steps.pop()
         return [KeepChannels(module, dict(cuts), attributes, only.absorb)]
     return [*steps, KeepChannels(module, rest, attributes)]
+
+
+def _renumbered(module: str, layer: Any, own: Sequence[KeepChannels], stream: Tensor) -> GatherInputs:
+    """Return the step of a layer that gathers its channels from a stream of which only ``stream`` stays."""
+    only = next(iter(own), KeepChannels(module, {}))
+    reads = reads_of(layer)
+    return GatherInputs.of(only, reads, reads, stream)
 
 
 def _touched(name: str, cuts: Iterable[str]) -> bool:
@@ -180,7 +189,7 @@ def removed_units(structure: Structure, steps: Iterable[Step]) -> np.ndarray:
     }
     for slot in structure.slots:
         cut = cuts.get(slot.tensor)
-        if cut is not None and slot.units.ndim == 1 and slot.axis in cut.keep:
+        if cut is not None and slot.zeroed and slot.axis in cut.keep:
             kept = unpack_bits(cut.keep[slot.axis], len(slot.units)).numpy()
             gone[slot.units[~kept & (slot.units >= 0)]] = True
     return gone

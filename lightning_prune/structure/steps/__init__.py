@@ -10,11 +10,13 @@ from lightning_prune.structure.steps.base import Step
 from lightning_prune.structure.steps.channels import KeepChannels
 from lightning_prune.structure.steps.cut import Cut
 from lightning_prune.structure.steps.factorize import Factorize
+from lightning_prune.structure.steps.gather import GatherInputs
 from lightning_prune.structure.steps.mask import MaskWeight, pack_bits, unpack_bits
 from lightning_prune.structure.steps.scale import ScaleInputs
 
 STEPS: dict[str, type[Step]] = {
-    kind.action: kind for kind in (MaskWeight, AbsorbConstants, ScaleInputs, Factorize, KeepChannels, OpenHeads)
+    kind.action: kind
+    for kind in (MaskWeight, AbsorbConstants, ScaleInputs, Factorize, KeepChannels, GatherInputs, OpenHeads)
 }
 
 
@@ -43,6 +45,7 @@ __all__ = [
     "AbsorbConstants",
     "Cut",
     "Factorize",
+    "GatherInputs",
     "KeepChannels",
     "MaskWeight",
     "OpenHeads",

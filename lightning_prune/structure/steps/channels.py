@@ -10,7 +10,7 @@ Parameters stay the same objects. Ties, hooks, order, ``requires_grad``, dtype, 
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -119,12 +119,17 @@ class KeepChannels(Step):
     def emulate(self, model: nn.Module) -> None:
         """Zero the slices where the removed channels come from."""
         module = self.find(model)
+        for name, mask in self.held():
+            tensor = _held(module, name)
+            swap(tensor, tensor.data.clone().masked_fill_(~mask.to(tensor.device), 0))
+        settle(module)
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of which the masked model holds slices at zero, and where they may differ from it: boolean, broadcasts."""
         for name, cut in self.tensors.items():
             mask = cut.zero_mask()
             if mask is not None:
-                tensor = _held(module, name)
-                swap(tensor, tensor.data.clone().masked_fill_(~mask.to(tensor.device), 0))
-        settle(module)
+                yield name, mask
 
     def apply(self, model: nn.Module) -> None:
         """Move constants into the bias, then cut."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_prune.structure.calls import Call
+from lightning_prune.structure.gathered import index_called
 from lightning_prune.structure.tracing import convolutions, elementwise, norms, pieces, products, recurrent, shapes
 from lightning_prune.structure.tracing.labels import Labels
 from lightning_prune.structure.tracing.program import Program, bias_uses, export, location, owner, reads_training
@@ -104,6 +105,8 @@ class Interpreter:
         name = self.program.tensors.get(node.name)
         if name is None or not node.users:
             return Value(tuple(example.shape))
+        if index_called(self.model, name) is not None:
+            return Value(tuple(example.shape), source=name)
         return self.labels.tensor(name, tuple(example.shape), name in self.parameters)
 
     def _graph(self, graph: fx.Graph, module: nn.Module) -> Any:

@@ -91,6 +91,7 @@ class Labels:
         self.thinned: set[str] = set()
         self.written = False
         self.grouped: dict[str, np.ndarray] = {}
+        self.gathers: dict[str, np.ndarray] = {}
         self.taken: dict[str, float | None] = {}
         self._values: dict[str, Value] = {}
         self.biases: dict[str, set[tuple[str, ...]]] = {}
@@ -175,6 +176,12 @@ class Labels:
         self.touch(field.labels)
         if field.weights and field.at is not None:
             self.produced.update(core(field.labels).flatten().tolist())
+
+    def gather(self, layer: str, stream: Tensor) -> None:
+        """Note the stream that a layer gathers its channels from, ``[stream]``; one that is called again gathers the same channels."""
+        self.touch(stream)
+        known = self.gathers.setdefault(layer, stream.numpy())
+        self.unite(torch.from_numpy(known), stream)
 
     def mix(self, field: Field) -> None:
         """Note that an operation sums over the channels of ``field`` without a weight: what they are matters to others."""

@@ -1,11 +1,13 @@
 """Rules for operations that join tensors, cut them into pieces or pick from them: places written in the code follow what leaves before them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_prune.structure.gathered import index_called
 from lightning_prune.structure.tracing.elementwise import combine
 from lightning_prune.structure.tracing.shapes import literal, moved
 from lightning_prune.structure.tracing.site import Site
@@ -221,9 +223,30 @@ def index(site: Site, value: Value, indices: Sequence[Any]) -> Value:
 
 def index_select(site: Site, value: Value, dim: int, indices: Value) -> Value:
     """Pick along one axis by a tensor of indices."""
+    own = index_called(site.model, indices.source)
+    if own is not None:
+        return _gathered(site, value, dim % len(value.shape), own.cpu(), str(indices.source).rpartition(".")[0])
     places: list[Any] = [None] * len(value.shape)
     places[dim % len(value.shape)] = indices
     return index(site, value, places)
+
+
+def _gathered(site: Site, value: Value, dim: int, chosen: Tensor, layer: str) -> Value:
+    """Let a layer of ours gather its channels: they keep their labels, and its index is renumbered when the stream loses some."""
+    stream, fields = fixed((value.shape[dim],)).contiguous(), []
+    for field in value.fields:
+        labels = core(field.labels)
+        if dim in field.axes:
+            others = tuple(axis for axis in field.axes if axis != dim)
+            labels = core(site.labels.merge(field, others).labels if others else field.labels)
+            stream, labels = labels.flatten(), labels.index_select(dim, chosen)
+        found = dataclasses.replace(field, labels=labels.expand(site.shape))
+        if found.axes:
+            fields.append(found)
+        else:
+            site.freeze(found, "it is the only channel that a layer gathers")
+    site.labels.gather(layer, stream)
+    return Value(site.shape, tuple(fields), value.fill, None, value.weights)
 
 
 RULES: dict[str, Any] = {
