@@ -9,7 +9,7 @@ Term = tuple[int, tuple[np.ndarray, ...], int]  # factor, units along every axis
 
 
 class Polynomial:
-    """A sum of products of kept counts: ``sum(factor * prod(kept indices of axis) // divisor)``.
+    """A sum of products of kept counts: ``sum(factor * prod(kept indices of axis) // divisor)``; an axis keeps one index at least.
 
     Args:
         terms: Factor, the units along each axis, divisor, of every product.
@@ -42,7 +42,7 @@ class Polynomial:
         if not len(self._units):
             return 0
         stays = np.append(kept, True)[self._units]
-        counts = np.add.reduceat(stays.astype(np.int64), self._starts).tolist()
+        counts = np.add.reduceat(stays.astype(np.int64), self._starts).clip(min=1).tolist()
         total = 0
         for factor, places, divisor in self._products:
             total += factor * math.prod(counts[place] for place in places) // divisor

@@ -9,14 +9,13 @@ The channels are picked before the layer is called, outside of its ``forward``: 
 layer, and whoever looks at inputs through them (the statistics of a method, a count of operations) finds the columns of the weight.
 """
 
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ModelError
 from lightning_prune.structure.dropin import twin
-from lightning_prune.structure.layers import DenseLayer
 
 
 class Gathered(nn.Module):
@@ -84,19 +83,19 @@ DROP_INS: dict[type[nn.Module], type[Gathered]] = {
 }
 
 
-def may_gather(layer: nn.Module) -> TypeGuard[DenseLayer]:
+def may_gather(layer: nn.Module) -> bool:
     """Tell whether ``layer`` is exactly a Linear or a convolution without groups, or gathers already."""
     return type(layer) in (*DROP_INS, *DROP_INS.values()) and getattr(layer, "groups", 1) == 1
 
 
-def reads_of(layer: DenseLayer) -> Tensor:
+def reads_of(layer: nn.Module) -> Tensor:
     """Return which channels of its stream a layer reads: ``[stream]``, boolean, on the CPU; all of them if it does not gather."""
     if not isinstance(layer, Gathered):
-        return torch.ones(layer.weight.shape[1], dtype=torch.bool)
+        return torch.ones(layer.get_parameter("weight").shape[1], dtype=torch.bool)
     return torch.zeros(layer.stream, dtype=torch.bool).index_fill(0, layer.index.cpu(), True)
 
 
-def reading(layer: DenseLayer, reads: Tensor) -> DenseLayer:
+def reading(layer: nn.Module, reads: Tensor) -> nn.Module:
     """Return the layer that reads some channels of a stream; the weight must have as many columns.
 
     Args:
@@ -112,7 +111,7 @@ def reading(layer: DenseLayer, reads: Tensor) -> DenseLayer:
         made._buffers.pop("index", None)
         vars(made).pop("stream", None)
     else:
-        made.register_buffer("index", reads.nonzero().flatten().to(layer.weight.device))
+        made.register_buffer("index", reads.nonzero().flatten().to(layer.get_parameter("weight").device))
         made.stream = len(reads)
     return made  # type: ignore[no-any-return]
 

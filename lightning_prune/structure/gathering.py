@@ -16,7 +16,6 @@ from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.structure.dropin import why_not_called
 from lightning_prune.structure.gathered import may_gather, reads_of
 from lightning_prune.structure.groups import Group, Slot, Structure
-from lightning_prune.structure.layers import DenseLayer
 from lightning_prune.structure.obstacles import obstacles_around
 from lightning_prune.structure.removal import static_sizes
 from lightning_prune.structure.steps import Cut, GatherInputs, KeepChannels, Step, pack_bits
@@ -111,35 +110,32 @@ def gather_steps(model: nn.Module, kept: Mapping[str, Tensor], steps: Iterable[S
             raise ModelError(
                 f"Module {name!r} cannot gather its inputs: {refused.get(name, 'there is no such module')}."
             )
-        if bool(mask.all()) and mask.shape == model.get_submodule(name).weight.shape[1:2]:
-            continue
         place = next((i for i, s in enumerate(found) if s.module == name and isinstance(s, KeepChannels)), len(found))
         step = found[place] if place < len(found) else KeepChannels(name, {})
-        found[place : place + 1] = [_gathering(model.get_submodule(name), step, mask)]
+        found[place : place + 1] = [_gathering(model.get_submodule(name), step, mask.cpu())]
     return tuple(found)
 
 
-def _gathering(layer: DenseLayer, step: Any, mask: Tensor) -> GatherInputs:
+def _gathering(layer: nn.Module, step: Any, mask: Tensor) -> GatherInputs:
     """Let the layer that ``step`` changes read only the inputs ``mask``, besides."""
-    weight, mask = tuple(layer.weight.shape), mask.cpu()
+    weight = tuple(layer.get_parameter("weight").shape)
     if mask.dtype != torch.bool or tuple(mask.shape) != weight[1:2]:
         raise OptionError(
             f"The inputs that {step.module!r} keeps are given as {weight[1]} booleans, got shape {list(mask.shape)} of {mask.dtype}."
         )
     cut = step.tensors.get("weight", Cut(weight, {}))
+    stays = cut.kept(1)
     if isinstance(step, GatherInputs):
-        before, reads, stream = step.masks
-    else:
-        before = reads = reads_of(layer)
-        stream = cut.kept(1) if before.all() else torch.ones_like(before)
-    reads = reads.clone()
-    reads[before] &= mask
-    columns = (reads & stream)[before]
-    if not columns.any():
+        before, after, keep = step.mask(after=False), step.mask(after=True), step.kept & mask
+    else:  # what a layer that does not gather loses, its stream loses
+        before, keep = reads_of(layer), mask
+        after = torch.ones(int(stays.sum()), dtype=torch.bool) if before.all() else before.clone()
+    after[after.nonzero().flatten()] = keep[stays]
+    if not after.any():
         raise OptionError(f"Module {step.module!r} would read none of its inputs that stay. Keep one at least.")
-    cut = dataclasses.replace(cut, keep={**cut.keep, 1: pack_bits(columns)})
+    cut = dataclasses.replace(cut, keep={**cut.keep, 1: pack_bits(stays & keep)})
     shapes = {name: own.after for name, own in step.tensors.items()} | {"weight": cut.after}
     step = KeepChannels(
         step.module, {**step.tensors, "weight": cut}, step.attributes | static_sizes(layer, shapes, {}), step.absorb
     )
-    return GatherInputs.of(step, before, reads, stream)
+    return GatherInputs.of(step, before, after, keep)

@@ -7,7 +7,7 @@ demands that equally many units of several blocks leave, whichever they are.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Units that have slices of the same tensors.
+    """Units that have slices of the same tensors; which layers gather them makes no difference.
 
     Attributes:
         name: Name of the first layer that writes these channels.
@@ -141,6 +141,10 @@ class Structure:
             if (slot.units >= 0).any():
                 found.setdefault(slot.tensor, []).append(slot)
         return found
+
+    def gathered(self, slot: Slot) -> bool:
+        """Tell whether ``slot`` is that of the inputs which a layer gathers: it can do without any of them."""
+        return slot.axis == 1 and slot.tensor.rpartition(".")[0] in self.gathers
 
     def writers(self, group: Group) -> set[str]:
         """Return the names of the layers whose weights write the channels of ``group``; of all that hold them if none does."""
@@ -265,7 +269,7 @@ def _structure(
     found = Structure(
         count=len(names),
         slots=tuple(slots),
-        groups=_groups(len(names), slots),
+        groups=_groups(len(names), slots, labels.gathers),
         reasons=why,
         ties=ties,
         sizes=tuple(
@@ -296,7 +300,7 @@ def _some(units: np.ndarray) -> np.ndarray:
     return found
 
 
-def _groups(count: int, slots: Sequence[Slot]) -> tuple[Group, ...]:
+def _groups(count: int, slots: Sequence[Slot], gathers: Container[str]) -> tuple[Group, ...]:
     """Sort units by the slots that they have slices in."""
     keys = np.random.default_rng(0).integers(1, 2**62, len(slots), dtype=np.int64)
     signature = np.zeros(count, np.int64)
@@ -304,6 +308,8 @@ def _groups(count: int, slots: Sequence[Slot]) -> tuple[Group, ...]:
     home = np.full(count, len(slots))
     for index, slot in enumerate(slots):
         members, times = np.unique(slot.units[slot.units >= 0], return_counts=True)
+        if slot.axis == 1 and slot.tensor.rpartition(".")[0] in gathers:
+            continue
         if slot.units.ndim == 1:
             signature[members] += keys[index] * times
             width[members] = np.minimum(width[members], times)

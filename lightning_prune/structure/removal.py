@@ -34,7 +34,7 @@ def removal_steps(model: nn.Module, structure: Structure, kept: np.ndarray) -> t
     for tensor, slots in structure.by_tensor.items():
         if not all(stays[slot.units].all() for slot in slots):
             owner, _, name = tensor.rpartition(".")
-            cuts.setdefault(owner, {})[name] = _cut(structure.shapes[tensor], slots, stays)
+            cuts.setdefault(owner, {})[name] = _cut(structure, slots, stays)
     shapes = {f"{owner}.{name}".lstrip("."): cut.after for owner, own in cuts.items() for name, cut in own.items()}
     numbers = _numbers(model, structure.sizes, stays)
     steps: list[Step] = []
@@ -45,8 +45,8 @@ def removal_steps(model: nn.Module, structure: Structure, kept: np.ndarray) -> t
         counted = numbers.get(name, {})
         attributes = static_sizes(module, _own_shapes(name, module, shapes, first), counted) | counted
         own = _channel_steps(structure, name, cuts.get(name, {}), attributes) if name in cuts or attributes else []
-        stream = stays[structure.gathers[name]] if name in structure.gathers else np.ones(1, bool)
-        steps += own if stream.all() else [_renumbered(name, module, own, torch.from_numpy(stream))]
+        stream = torch.from_numpy(stays[structure.gathers.get(name, np.zeros(0, np.int64))])
+        steps += own if stream.all() else [_renumbered(name, module, own, stream)]
     return tuple(steps)
 
 
@@ -68,27 +68,34 @@ def _channel_steps(
 
 
 def _renumbered(module: str, layer: Any, own: Sequence[KeepChannels], stream: Tensor) -> GatherInputs:
-    """Return the step of a layer that gathers its channels from a stream of which only ``stream`` stays."""
-    only = next(iter(own), KeepChannels(module, {}))
-    reads = reads_of(layer)
-    return GatherInputs.of(only, reads, reads, stream)
+    """Return the step of a layer that gathers its channels from a stream of which only ``stream`` stays.
+
+    If it loses all that it reads, it goes on to read the first that stays, with weights of zero.
+    """
+    only, before = next(iter(own), KeepChannels(module, {})), reads_of(layer)
+    after, keep = before[stream], torch.ones(int(before.sum()), dtype=torch.bool)
+    if not after.any():
+        after[0], keep[0] = True, False
+    return GatherInputs.of(only, before, after, keep)
 
 
 def _touched(name: str, cuts: Iterable[str]) -> bool:
     return any(owner == name or owner.startswith(f"{name}.") for owner in cuts)
 
 
-def _cut(shape: tuple[int, ...], slots: Sequence[Any], stays: np.ndarray) -> Cut:
+def _cut(structure: Structure, slots: Sequence[Slot], stays: np.ndarray) -> Cut:
     keep, zero, grid = {}, [], None
     for slot in slots:
         kept = torch.from_numpy(stays[slot.units])
+        if structure.gathered(slot) and not kept.any():
+            kept[0] = True
         if slot.units.ndim == 2:
             grid = pack_bits(kept)
         elif not kept.all():
             keep[slot.axis] = pack_bits(kept)
             if slot.zeroed:
                 zero.append(slot.axis)
-    return Cut(shape, keep, grid, tuple(zero))
+    return Cut(structure.shapes[slots[0].tensor], keep, grid, tuple(zero))
 
 
 def _own_shapes(
