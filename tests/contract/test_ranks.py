@@ -95,6 +95,13 @@ def test_two_ranks_equal_one_process_on_all_of_the_data(run_jobs, tmp_path, meth
     assert outputs[0].std() > 0.1
 
 
+def test_the_probe_takes_the_mean_and_the_maximum_over_ranks(run_jobs, tmp_path):
+    codes, text = run_jobs(ranks(tmp_path, call="reduce", out=str(tmp_path / "rank{rank}.json")))
+    assert codes == [0, 0], text
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [[0, 0], [3, 1]]
+
+
 @pytest.mark.parametrize(("method", "count"), [("GraSP", 2), ("SNIP", 1), ("Magnitude-weights", 0)])
 def test_choosing_weights_takes_so_many_collectives(run_jobs, tmp_path, method, count):
     sizes = str(tmp_path / "rank{rank}.json")

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Subset
 from toys import kind_of, make
 
 from lightning_prune import methods
+from lightning_prune.probe import Probe
 from lightning_prune.structure.carrier import plan_of
 
 LIMIT = 100  # seconds after which a job counts as hanging
@@ -117,6 +118,18 @@ def fit_with_another_option_on_rank_1(method: str, **arguments: Any) -> None:
     """Fit with a callback that is configured otherwise on rank 1."""
     option = {"ToyMask": {"sparsity": 0.4}}.get(method, {"exclude": "net.10"})
     fit(method=method, method_options=option if os.environ["RANK"] == "1" else None, **arguments)
+
+
+def reduce(folder: str, out: str, **options: Any) -> None:
+    """Write what the probe of a fit makes of a tensor that is another one on every rank: its mean and its maximum."""
+
+    class Asking(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            probe, sign = Probe.of_trainer(trainer, pl_module), 1 - 2 * trainer.global_rank
+            answers = [ask(torch.tensor([3.0, -1.0]) * sign).tolist() for ask in (probe.mean, probe.maximum)]
+            Path(out.format(rank=trainer.global_rank)).write_text(json.dumps(answers))
+
+    trainer(folder, callbacks=[Asking()], max_steps=1, **options).fit(LitNet(), loader())
 
 
 def fit_with_collectives_counted(method: str, sizes: str, **arguments: Any) -> None:
