@@ -46,7 +46,8 @@ class GatherInputs(KeepChannels):
         counts = [int(self.mask(after).sum()) for after in (False, True)]
         cut = self.tensors.get("weight")
         inputs = counts[:1] * 2 if cut is None else [cut.shape[1], cut.after[1]] if len(cut.shape) > 1 else []
-        if counts != inputs or 0 in counts or (cut is None and not self.kept.all()):
+        whole = bool(self.kept.all())
+        if counts != inputs or 0 in counts or (cut is None and not whole):
             raise PlanError(
                 f"Module {self.module!r} reads {counts[0]} and then {counts[1]} channels; its weight does not fit that."
             )
