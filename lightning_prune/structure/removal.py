@@ -1,5 +1,6 @@
 """From the units that stay to the steps of a plan."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,8 @@ def _renumbered(module: str, layer: Any, own: Sequence[KeepChannels], stream: Te
     after, keep = before[stream], torch.ones(int(before.sum()), dtype=torch.bool)
     if not after.any():
         after[0], keep[0] = True, False
+        whole = {"weight": Cut(tuple(layer.weight.shape), {})}  # a single input is none that a cut could take
+        only = dataclasses.replace(only, tensors=whole | dict(only.tensors))
     return GatherInputs.of(only, before, after, keep)
 
 

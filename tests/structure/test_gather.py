@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
 from lightning_prune.export import export_onnx
 from torch import nn
 
@@ -25,8 +26,9 @@ from lightning_prune.structure.plan import Origin, Plan, Stage
 from lightning_prune.structure.removal import removal_steps, removed_units
 from lightning_prune.structure.steps import GatherInputs, MaskWeight
 from lightning_prune.structure.surgery import compact, compact_, mask_
-from lightning_prune.structure.trials import draw
-from tests.structure.units import Net, at, cut, cut_at_random, layer, structure_of, units
+from lightning_prune.structure.trials import draw, try_sizes
+from tests.structure.grammar import build, networks
+from tests.structure.units import Net, at, cut, cut_at_random, layer, outputs, structure_of, units
 
 IMAGE = torch.randn(3, 3, 6, 6, dtype=torch.float64)
 
@@ -525,3 +527,47 @@ def test_a_step_of_one_stage_may_be_of_a_layer_that_gathers_already():
     assert found.a.index.tolist() == [0, 5]  # 2 and 8 of 2 4 5 6 7 8 9 10 11
     assert found.b.index.tolist() == [1, 6]  # 4 and 9
     assert sum(isinstance(step, GatherInputs) for step in steps) == 3
+
+
+def gathers_at_random(network):
+    """Let every layer of a random network that may gather do so, then shrink the network; and do both in one stage."""
+    model, inputs = build(network)
+    refused, random = why_not_gathered(model), torch.Generator().manual_seed(network.seed)
+    layers = {name: module for name, module in model.named_modules() if name not in refused}
+    kept = {name: torch.rand(m.weight.shape[1], generator=random) < 0.7 for name, m in layers.items()}
+    for mask in kept.values():
+        mask[torch.randint(len(mask), (1,), generator=random)] = True
+    small = compact(model, gathering(model, kept), as_calls(inputs))
+    dense, later = (try_sizes(m, as_calls(inputs), find_units(m, as_calls(inputs))) for m in (model, small))
+    assert later.count >= dense.count
+    if later.count and dense.count:
+        stays = draw(later, np.arange(later.count), 0.6, seed=network.seed)
+        cut(small, later, stays, *inputs)
+        rebuilt(network, compact(small, plan_for(model, removal_steps(small, later, stays))), inputs)
+        stays = draw(dense, np.arange(dense.count), 0.6, seed=network.seed)
+        for slot in dense.slots:
+            name, mask = slot.tensor.rpartition(".")[0], torch.from_numpy(stays[slot.units] | (slot.units < 0))
+            if slot.axis == 1 and name in kept and not (kept[name] & mask).any():
+                kept[name] = mask  # nothing would be left to read
+        plan = plan_for(model, gather_steps(model, kept, removal_steps(model, dense, stays)))
+        rebuilt(network, compact(model, plan, as_calls(inputs)), inputs)
+
+
+def rebuilt(network, small, inputs):
+    fresh, _ = build(network)
+    plan_of(small).build(fresh)
+    fresh.load_state_dict({key: value for key, value in small.state_dict().items() if "plan" not in key})
+    assert all(map(torch.equal, outputs(fresh, inputs), outputs(small, inputs)))
+
+
+@settings(max_examples=8, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@given(network=networks(fewest=2, most=3))
+def test_random_networks_gather_and_shrink(network):
+    gathers_at_random(network)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=300, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@given(network=networks())
+def test_many_more_random_networks_gather_and_shrink(network):
+    gathers_at_random(network)

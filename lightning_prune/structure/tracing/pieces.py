@@ -240,13 +240,12 @@ def _gathered(site: Site, value: Value, dim: int, chosen: Tensor, layer: str) ->
             others = tuple(axis for axis in field.axes if axis != dim)
             labels = core(site.labels.merge(field, others).labels if others else field.labels)
             stream, labels = labels.flatten(), labels.index_select(dim, chosen)
-        found = dataclasses.replace(field, labels=labels.expand(site.shape))
-        if found.axes:
-            fields.append(found)
-        else:
-            site.freeze(found, "it is the only channel that a layer gathers")
+        fields.append(dataclasses.replace(field, labels=labels.expand(site.shape)))
     site.labels.gather(layer, stream)
-    return Value(site.shape, tuple(fields), value.fill, None, value.weights)
+    several = tuple(
+        field for field in fields if field.axes
+    )  # a single channel is one of many in the stream, and may leave that
+    return Value(site.shape, several, value.fill, None, value.weights)
 
 
 RULES: dict[str, Any] = {
