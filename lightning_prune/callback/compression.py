@@ -258,9 +258,9 @@ class Compression(Callback):
         plan = agree(trainer, lambda: self.decided(task, scores))
         compact_(module, plan, task.calls)
         check_alike(trainer, module)
-        if any(step.action != "mask" for step in plan.steps):
+        if any(step.action != "mask" or step.once for step in plan.steps):
             task.probe.recalibrate(self.recalibrate_bn, task.calls)
-        self.plan, self._done = plan, True
+        self.plan, self._done = plan.settled(), True
         self._result = Task.of(module, task.probe, task.calls)
 
     def decided(self, task: Task, scores: Any) -> Plan:

@@ -181,8 +181,11 @@ class Masking(Compression):
             return
         task, share = self._task, due if self.schedule == "linear" else 1 - (1 - due) ** 3
         scores = self.removal.score(task, self._found, self._pending.steps, share)
-        self._pending = agree(trainer, lambda: Plan(self.removal.steps(task, scores, share), {}, task.origin))
-        self._reached = due
+        chosen = agree(trainer, lambda: Plan(self.removal.steps(task, scores, share), {}, task.origin))
+        for step in chosen.steps:
+            if step.once:
+                step.emulate(pl_module)
+        self._pending, self._reached = chosen.settled(), due
         self._hold(pl_module)
 
     def due(self, epoch: int) -> float:

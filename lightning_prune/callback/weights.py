@@ -38,6 +38,7 @@ class Weights:
         gone: Entries that earlier stages have cut off.
         alone: Layers that are selected and have no prunable weight, with the reason.
         dead: The steps that remove units which die of the masks; none before the last masks are chosen.
+        gains: By what the entries that stay are multiplied when the masks are taken, by name, where it is not 1.
     """
 
     tensors: Mapping[str, nn.Parameter]
@@ -45,6 +46,7 @@ class Weights:
     gone: int
     alone: Mapping[str, str]
     dead: tuple[Step, ...] = ()
+    gains: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def entries(self) -> int:
@@ -105,13 +107,16 @@ class WeightRemoval:
             OptionError: If a pattern matches no layer.
             ModelError: If there is none; says why for every layer.
         """
-        model = task.model
-        tensors, alone = prunable_weights(model, self.claim(model))
+        tensors, alone = self.candidates(task)
         if not tensors:
             raise nothing_to_change(self.method, alone)
-        masks = cut_masks(model, task.plan)
+        masks = cut_masks(task.model, task.plan)
         kept = {key: masks.get(key, torch.ones(p.shape, dtype=torch.bool)).to(p.device) for key, p in tensors.items()}
         return Weights(tensors, kept, _cut_off(task.plan, set(tensors)), alone)
+
+    def candidates(self, task: Task) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+        """Return the weights of which entries can leave, by name, and the layers that are left alone with their reasons."""
+        return prunable_weights(task.model, self.claim(task.model))
 
     def fits(self, found: Weights, model: nn.Module) -> bool:
         """Tell whether the model still holds the weights, in their shapes."""
@@ -143,8 +148,9 @@ class WeightRemoval:
         count = start + round((target - start) * share) - found.gone if share < 1 else target - found.gone
         with masked(dict(now.tensors), now.kept):
             stays = self.choose(task, now.tensors, now.kept, max(count, now.removed - now.gone))
-        kept = {key: stays[key].to(mask.device) & mask for key, mask in now.kept.items()}
-        chosen = dataclasses.replace(now, kept=kept)
+        kept = {key: (stays[key] != 0).to(mask.device) & mask for key, mask in now.kept.items()}
+        gains = {key: factors for key, factors in stays.items() if factors.is_floating_point()}
+        chosen = dataclasses.replace(now, kept=kept, gains=gains)
         return self._with_dead(task, chosen) if share == 1 and not pending else chosen
 
     def _with_dead(self, task: Task, weights: Weights) -> Weights:
@@ -166,7 +172,7 @@ class WeightRemoval:
         for key, mask in scores.kept.items():
             if not bool(mask.all()) and not (key in before and torch.equal(before[key], mask.cpu())):
                 module, _, parameter = key.rpartition(".")
-                steps.append(MaskWeight.of(module, parameter, mask))
+                steps.append(MaskWeight.of(module, parameter, mask, scores.gains.get(key)))
         return tuple(steps)
 
     def plan(self, task: Task, scores: Weights, steps: tuple[Step, ...]) -> Plan:
@@ -295,6 +301,9 @@ class WeightPruning(Masking):
             weights: The prunable parameters by full name.
             kept: False where an entry is masked already.
             count: How many entries are False in the result, those that are masked already among them.
+
+        Returns:
+            Which entries stay, boolean, by name; or by what each is multiplied once, floating, 0 for those that leave.
         """
         scores = check_scores(type(self).__name__, self.score_weights(task, weights, kept), kept)
         return select_weights(scores, kept, count, self.scope, self.min_kept)

@@ -11,18 +11,22 @@ unfolded inputs of these positions, the weights once for either sign, and ``CHUN
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_prune.errors import ModelError
+from lightning_prune.errors import LightningPruneError, ModelError
+from lightning_prune.probe import FOREIGN, Probe
+from lightning_prune.structure.calls import Call
 from lightning_prune.structure.layers import DenseLayer
 
 Contribution = Literal["channel_sum", "max_tap"]
 Measure = Callable[[str, DenseLayer, Tensor], Tensor]
+Look = Callable[[Any, Tensor, Tensor], None]
 
 CHUNK = 2**18  # contributions at a time: a megabyte of float32, which stays in the second cache
 POSITIONS = 64  # at a time, of several samples where one has fewer
@@ -119,7 +123,7 @@ class Seen:
 
 
 class Collector:
-    """Takes what ``measure`` says of every call of some layers together, by its maximum.
+    """Looks at layers while a model runs: takes what ``measure`` says of every call of some layers together, by its maximum.
 
     Args:
         model: The model; not changed.
@@ -134,7 +138,7 @@ class Collector:
     def __init__(self, model: nn.Module, start: Mapping[str, Tensor], measure: Measure) -> None:
         self.largest = dict(start)
         self.seen = {name: Seen() for name in start}
-        self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in start}
+        self._model = model
         self._measure = measure
 
     @contextlib.contextmanager
@@ -144,34 +148,105 @@ class Collector:
         Raises:
             ModelError: If inputs of a layer are not finite; names the layer.
         """
-        handles = [
-            layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in self._layers.items()
-        ]
-        try:
+        with watching(self._model, {name: functools.partial(self._look, name) for name in self.largest}):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(layer: DenseLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def collect(self, probe: Probe, batches: int, calls: Sequence[Call] = ()) -> None:
+        """Measure what the model sees in the first batches, in eval mode and without gradients, and take the maximum over ranks, in one collective.
+
+        Args:
+            probe: Of the model; it is left as it was.
+            batches: How many.
+            calls: Calls that stand for the model, for manual optimization.
+
+        Raises:
+            ModelError: If the model cannot be run, there is no batch, or inputs of a layer are not finite.
+        """
+        looks = {name: functools.partial(self._look, name) for name in self.largest}
+        for _ in running(probe, looks, batches, calls, "Measuring contributions"):
+            pass
+        positions = torch.tensor([float(seen.positions) for seen in self.seen.values()])
+        own = [*self.largest.values(), positions.to(next(iter(self.largest.values())))]
+        parts = torch.split(
+            probe.maximum(torch.cat([values.flatten() for values in own])), [values.numel() for values in own]
+        )
+        for name, values, most in zip(self.largest, parts, parts[-1].tolist(), strict=False):
+            self.largest[name] = values.view(self.largest[name].shape).to(self.largest[name].dtype)
+            self.seen[name].positions = int(most)
+
+    def _look(self, name: str, layer: DenseLayer, inputs: Tensor, output: Tensor) -> None:
+        found = self._measure(name, layer, inputs)
+        self.largest[name] = torch.maximum(self.largest[name].to(found), found)
+        seen, outputs = self.seen[name], len(layer.weight)
+        axes = 1 if isinstance(layer, nn.Linear) else 1 + len(layer.kernel_size)
+        samples = len(inputs) if inputs.ndim > axes else 1
+        seen.samples, seen.outputs = seen.samples + samples, outputs
+        seen.positions = max(seen.positions, output.numel() // max(1, samples * outputs))
+        seen.triples += output.numel()
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, looks: Mapping[str, Look]) -> Iterator[None]:
+    """Call ``looks[name](layer, inputs, output)`` at every call of the layers named, without gradients and autocast.
+
+    Raises:
+        ModelError: What a look raised; names the layer.
+    """
+
+    def hooked(name: str, look: Look) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             inputs = (args or tuple(kwargs.values()))[0]
-            with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-                try:
-                    found = self._measure(name, layer, inputs)
-                except ModelError as error:
-                    raise ModelError(
-                        f"Layer {name!r} cannot be measured: {error}. Look for a diverged training or broken data."
-                    ) from error
-            self.largest[name] = torch.maximum(self.largest[name].to(found), found)
-            seen, outputs = self.seen[name], len(layer.weight)
-            axes = 1 if isinstance(layer, nn.Linear) else 1 + len(layer.kernel_size)
-            samples = len(inputs) if inputs.ndim > axes else 1
-            seen.samples, seen.outputs = seen.samples + samples, outputs
-            seen.positions = max(seen.positions, output.numel() // max(1, samples * outputs))
-            seen.triples += output.numel()
+            try:
+                with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+                    look(layer, inputs, output)
+            except ModelError as error:
+                raise ModelError(
+                    f"Layer {name!r} cannot be measured: {error}. Look for a diverged training or broken data."
+                ) from error
 
         return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(hooked(name, look), with_kwargs=True)
+        for name, look in looks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def running(
+    probe: Probe, looks: Mapping[str, Look], batches: int, calls: Sequence[Call], title: str
+) -> Generator[Any]:
+    """Run a model on data for what its layers see, in eval mode and without gradients, and yield every batch that was run.
+
+    Args:
+        probe: Of the model; it is left as it was.
+        looks: What is called at every call of a layer (:func:`watching`), by its name.
+        batches: How many batches at most.
+        calls: Calls that stand for the model, for manual optimization.
+        title: Of the progress bar.
+
+    Raises:
+        ModelError: If the model cannot be run, there is no batch, or a look raised one.
+    """
+    index = -1
+    with probe.quiet(mode="eval"), torch.no_grad(), watching(probe.model, looks):
+        for index, batch in enumerate(probe.batches(batches, title)):
+            try:
+                probe.run(batch, index, calls)
+            except FOREIGN as error:
+                if isinstance(error, LightningPruneError | torch.OutOfMemoryError):
+                    raise
+                raise ModelError(
+                    f"{type(probe.model).__name__} cannot be run on its data outside of a fit ({type(error).__name__}: {error}). Before the fit "
+                    "no optimizers or schedulers exist: leave them out of the training step."
+                ) from error
+            yield batch
+    if index < 0:
+        raise ModelError("There is no batch to measure with: the data is empty. Give a training dataloader with batches.")
 
 
 def _by_sign(layer: DenseLayer) -> Tensor:

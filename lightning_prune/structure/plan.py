@@ -136,6 +136,10 @@ class Plan:
         alone = {name: reason for name, reason in reasons.items() if name not in changed}
         return Plan(steps, alone, self.origin or later.origin, self.stages + later.stages)
 
+    def settled(self) -> "Plan":
+        """Return the plan that a model carries once its values are what this one makes of them."""
+        return dataclasses.replace(self, steps=tuple(step.settled() for step in self.steps))
+
     def build(self, model: nn.Module) -> None:
         """Give ``model``, dense and freshly constructed, the shapes of this plan, in place.
 

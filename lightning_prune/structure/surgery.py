@@ -64,7 +64,7 @@ def compact_(model: nn.Module, plan: Plan, calls: Sequence[Call] = ()) -> None:
         for step in plan.steps:
             step.apply(model)
         proof.check(model)
-        attach(model, plan_of(model).then(plan))
+        attach(model, plan_of(model).then(plan.settled()))
 
 
 def mask_(model: nn.Module, plan: Plan) -> None:

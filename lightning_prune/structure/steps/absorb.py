@@ -51,6 +51,11 @@ class AbsorbConstants(Step):
             )
         return module
 
+    @property
+    def once(self) -> bool:
+        """True."""
+        return True
+
     def build(self, model: nn.Module) -> None:
         """Check that the layer is there; no shape changes."""
         self.find(model)

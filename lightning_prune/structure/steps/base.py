@@ -24,6 +24,11 @@ class Step:
     action: ClassVar[str]
     module: str
 
+    @property
+    def once(self) -> bool:
+        """Whether the step changes weights that nothing holds afterwards: a gradual run takes it when it is decided, and not again at the end."""
+        return False
+
     def build(self, model: nn.Module) -> None:
         """Give ``model`` the shapes of this step, in place; values of new parameters are undefined.
 
@@ -39,6 +44,10 @@ class Step:
     def apply(self, model: nn.Module) -> None:
         """Turn values into smaller values: what :meth:`emulate` computes, in the shapes of :meth:`build`, in place."""
         raise NotImplementedError
+
+    def settled(self) -> Self:
+        """Return what a model carries of this step once its values are taken: without what acts on values only, and only once."""
+        return self
 
     def undo(self, model: nn.Module) -> None:
         """Give ``model`` the shapes from before this step again, in place; values of new parameters are undefined."""

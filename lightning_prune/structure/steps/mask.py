@@ -24,28 +24,47 @@ class MaskWeight(Step):
         parameter: Its name there.
         shape: Its shape.
         bits: One bit per entry, row-major, 1 = kept, packed eight to a byte, base64.
+        gains: What the kept entries are multiplied by, once, float32, little-endian, base64; empty for 1, and in a plan that a model carries.
     """
 
     action: ClassVar[str] = "mask"
     parameter: str
     shape: tuple[int, ...]
     bits: str
+    gains: str = ""
 
     @classmethod
-    def of(cls, module: str, parameter: str, mask: Tensor) -> Self:
+    def of(cls, module: str, parameter: str, mask: Tensor, gains: Tensor | None = None) -> Self:
         """Make the step from a boolean mask.
 
         Args:
             module: Dotted name of the owning module.
             parameter: Name of the parameter there.
             mask: True where the entry is kept, ``[*parameter.shape]``, boolean.
+            gains: What entries are multiplied by, same shape; those of removed ones do not count.
         """
-        return cls(module, parameter, tuple(mask.shape), pack_bits(mask))
+        own = torch.ones(0) if gains is None else gains.detach().cpu()[mask.cpu()].float()
+        changed = own if bool((own != 1).any()) else own[:0]
+        text = base64.b64encode(changed.numpy().astype("<f4").tobytes()).decode()
+        return cls(module, parameter, tuple(mask.shape), pack_bits(mask), text)
 
     @functools.cached_property
     def mask(self) -> Tensor:
         """The mask, ``[*shape]``, boolean, on the CPU."""
         return unpack_bits(self.bits, math.prod(self.shape)).view(self.shape)
+
+    @property
+    def once(self) -> bool:
+        """Whether entries are multiplied: when the mask is taken, and not again."""
+        return bool(self.gains)
+
+    @property
+    def factors(self) -> Tensor | None:
+        """What entries are multiplied by, ``[*shape]``, float32, on the CPU, 0 for removed ones; None for 1."""
+        if not self.gains:
+            return None
+        values = torch.from_numpy(np.frombuffer(base64.b64decode(self.gains), "<f4").astype(np.float32))
+        return torch.zeros(self.shape).masked_scatter_(self.mask, values)
 
     @property
     def key(self) -> str:
@@ -70,16 +89,26 @@ class MaskWeight(Step):
         self.find(model)
 
     def emulate(self, model: nn.Module) -> None:
-        """Zero the entries that the mask removes."""
+        """Zero the entries that the mask removes, and multiply the others by their gains."""
         module = self.find(model)
-        parameter = getattr(module, self.parameter)
-        removed = ~self.mask.to(parameter.device)
-        swap(parameter, parameter.data.clone().masked_fill_(removed, 0))
+        parameter, factors = getattr(module, self.parameter), self.factors
+        values = parameter.data.clone()
+        if factors is not None:
+            values *= factors.to(values)
+        swap(parameter, values.masked_fill_(~self.mask.to(parameter.device), 0))
         settle(module)
 
     def apply(self, model: nn.Module) -> None:
-        """Zero the entries that the mask removes."""
+        """Do what :meth:`emulate` does."""
         self.emulate(model)
+
+    def settled(self) -> Self:
+        """Return the step without gains."""
+        return dataclasses.replace(self, gains="")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the step in JSON types."""
+        return {key: value for key, value in super().to_dict().items() if key != "gains" or value}
 
     def undo(self, model: nn.Module) -> None:
         """Do nothing: a mask changes no shape."""
@@ -98,9 +127,14 @@ class MaskWeight(Step):
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Build the step, checking that there is a bit for every entry."""
-        step = cls(fields["module"], fields["parameter"], tuple(fields["shape"]), fields["bits"])
+        step = cls(
+            fields["module"], fields["parameter"], tuple(fields["shape"]), fields["bits"], fields.get("gains", "")
+        )
         if len(base64.b64decode(step.bits, validate=True)) != -(-math.prod(step.shape) // 8):
             raise PlanError(f"The mask of {step.key!r} does not fit its shape {list(step.shape)}.")
+        gains = np.frombuffer(base64.b64decode(step.gains, validate=True), np.uint8)
+        if gains.size and (gains.size != 4 * int(step.mask.sum()) or not np.isfinite(gains.view("<f4")).all()):
+            raise PlanError(f"The gains of {step.key!r} are no finite number for each of its entries that stay.")
         return step
 
 

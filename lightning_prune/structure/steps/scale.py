@@ -49,6 +49,11 @@ class ScaleInputs(Step):
             raise PlanError(f"The plan scales inputs of {self.module!r} up to {max(self.gains)}; it has {inputs}.")
         return module
 
+    @property
+    def once(self) -> bool:
+        """True."""
+        return True
+
     def build(self, model: nn.Module) -> None:
         """Check that the layer is there; no shape changes."""
         self.find(model)
