@@ -19,7 +19,7 @@ from lightning_prune.errors import ModelError, OptionError, PlanError
 from lightning_prune.structure.calls import as_calls
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.gathered import GatheredConv2d, GatheredLinear, reads_of
-from lightning_prune.structure.gathering import gather_steps, streams, why_not_gathered
+from lightning_prune.structure.gathering import gather_pays, gather_steps, streams, why_not_gathered
 from lightning_prune.structure.groups import find_units
 from lightning_prune.structure.masks import Masks, cut_masks
 from lightning_prune.structure.plan import Origin, Plan, Stage
@@ -527,6 +527,24 @@ def test_a_step_of_one_stage_may_be_of_a_layer_that_gathers_already():
     assert found.a.index.tolist() == [0, 5]  # 2 and 8 of 2 4 5 6 7 8 9 10 11
     assert found.b.index.tolist() == [1, 6]  # 4 and 9
     assert sum(isinstance(step, GatherInputs) for step in steps) == 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "faster", "slower"),  # numbers of inputs read that were timed as such (tests/benchmarks/test_gather.py)
+    [
+        (nn.Conv2d(128, 128, 3), (112, 96, 64, 32), (127, 120)),
+        (nn.Conv2d(64, 64, 3), (48, 32, 16), (60, 56)),
+        (nn.Conv2d(32, 32, 3), (16, 8), (24,)),
+        (nn.Conv2d(256, 64, 1), (128, 64), (192, 240)),
+        (nn.Conv2d(64, 256, 1), (48, 32, 16), (60,)),
+        (nn.Linear(256, 1024), (128, 64), (192,)),
+        (nn.Linear(256, 256), (64,), (128, 192)),
+        (nn.Linear(64, 64), (), (48, 32, 16)),
+    ],
+)
+def test_gathering_pays_where_it_was_measured_to(layer, faster, slower):
+    assert all(gather_pays(layer, kept) for kept in faster)
+    assert not any(gather_pays(layer, kept) for kept in slower)
 
 
 def gathers_at_random(network):
