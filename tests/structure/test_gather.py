@@ -239,6 +239,7 @@ def test_one_stage_gathers_and_removes_as_two_stages_do():
         kept = draw(structure, np.arange(structure.count), seed=seed)
         steps = removal_steps(model, structure, kept)
         joint = plan_for(model, gather_steps(model, KEPT, steps))
+        assert (removed_units(structure, joint.steps) == ~kept).all()  # what is gathered away has not left
         assert len(joint) == len(steps) + len(set(READERS) - {step.module for step in steps})
         small = compact(model, joint, as_calls(IMAGE))
         first = gathered(model)
@@ -536,6 +537,7 @@ def test_a_step_of_one_stage_may_be_of_a_layer_that_gathers_already():
         (nn.Conv2d(64, 64, 3), (48, 32, 16), (60, 56)),
         (nn.Conv2d(32, 32, 3), (16, 8), (24,)),
         (nn.Conv2d(256, 64, 1), (128, 64), (192, 240)),
+        (nn.Conv2d(128, 128, 1), (64, 32), (96,)),
         (nn.Conv2d(64, 256, 1), (48, 32, 16), (60,)),
         (nn.Linear(256, 1024), (128, 64), (192,)),
         (nn.Linear(256, 256), (64,), (128, 192)),
