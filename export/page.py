@@ -16,6 +16,10 @@ def markdown(report: Report) -> str:
     lines += [f"- FAILED: {flat(text)}" for text in report.failures] + [f"- {flat(text)}" for text in report.notes]
     for title, head, rows in _tables(report):
         lines += ["", f"## {title}", "", pipe(head), pipe(["---"] * len(head)), *(pipe(row) for row in rows)]
+    for exhibit in report.exhibits:
+        lines += ["", f"## {flat(exhibit['title'])}", "", flat(exhibit["text"])]
+        for head, rows in _exhibited(exhibit):
+            lines += ["", pipe(head), pipe(["---"] * len(head)), *(pipe(row) for row in rows)]
     if report.extra:
         lines += ["", "## Provenance", "", "```json", json.dumps(report.extra, indent=1, default=str), "```"]
     return "\n".join(lines) + "\n"
@@ -33,6 +37,7 @@ def html(report: Report) -> str:
         _cards(report),
         _figures(report),
         *(section(title, head, rows) for title, head, rows in _tables(report)),
+        *map(_exhibit, report.exhibits),
     ]
     if report.extra:
         body = escaped(json.dumps(report.extra, indent=1, default=str))
@@ -67,6 +72,29 @@ def _tables(report: Report) -> Iterable[tuple[str, Sequence[str], list[Sequence[
     yield "Data, machine and runtime", ("", ""), [(key.replace("_", " "), show(value)) for key, value in facts.items()]
 
 
+def _exhibited(exhibit: Mapping[str, Any]) -> Iterable[tuple[Sequence[str], list[Sequence[str]]]]:
+    """Yield head and rows of the table of an exhibit, if it has one."""
+    if exhibit["rows"]:
+        head = list(exhibit["rows"][0])
+        yield head, _cells(exhibit["rows"], head)
+
+
+def _exhibit(exhibit: Mapping[str, Any]) -> str:
+    parts = [section(exhibit["title"], head, rows) for head, rows in _exhibited(exhibit)] or [
+        f"<h2>{escaped(exhibit['title'])}</h2>"
+    ]
+    parts.append(f"<p>{escaped(exhibit['text'])}</p>")
+    if exhibit["picture"]:
+        parts.append(_picture(exhibit["title"], exhibit["picture"]))
+    return "".join(parts)
+
+
+def _picture(title: str, png: str) -> str:
+    """Return a figure with a PNG file in base64."""
+    source = f"data:image/png;base64,{escaped(png)}"
+    return f'<figure><figcaption>{escaped(title)}</figcaption><img alt="{escaped(title)}" src="{source}"></figure>'
+
+
 def _cells(records: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> list[Sequence[str]]:
     return [[show(record[key]) for key in keys] for record in records]
 
@@ -92,11 +120,7 @@ def _cards(report: Report) -> str:
 
 
 def _figures(report: Report) -> str:
-    parts = [
-        f"<figure><figcaption>{escaped(title)}</figcaption>"
-        f'<img alt="{escaped(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
-        for title, png in draw(report).items()
-    ]
+    parts = [_picture(title, base64.b64encode(png).decode()) for title, png in draw(report).items()]
     return f'<div class="figures">{"".join(parts)}</div>' if parts else ""
 
 

@@ -35,6 +35,7 @@ class Report:
         gates: ``name``, ``limit``, ``value``, ``passed``.
         layers: Rows of the plan: ``layer action before after kept reason``.
         data: ``examples``, ``batches``, ``agreement`` (equal argmax of dense and compact).
+        exhibits: What methods have to show: ``title``, ``text``, ``rows``, ``picture`` (PNG in base64, or None).
         extra: Whatever was handed over: recipe, provenance.
         version: Version of this format.
     """
@@ -52,6 +53,7 @@ class Report:
     gates: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     layers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    exhibits: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     version: int = VERSION
 

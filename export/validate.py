@@ -7,7 +7,7 @@ of its graph, what was exported.
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_prune.export.latency import LatencySettings
@@ -40,6 +40,7 @@ def validate_onnx(
     tolerance: float = 1e-5,
     limit_batches: int | None = None,
     progress: bool = True,
+    exhibits: Sequence[Mapping[str, Any]] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> Report:
     """Run a compact ONNX file beside the dense one and beside torch, on the same data and machine.
@@ -60,6 +61,7 @@ def validate_onnx(
         tolerance: Difference to torch, relative to the output's largest value, that is always taken for rounding.
         limit_batches: Number of batches; None takes all.
         progress: Whether to show bars on the error stream.
+        exhibits: What methods have to show, for the report: ``title``, ``text``, ``rows``, ``picture`` (PNG in base64, or None) each.
         extra: Recipe and provenance for the report.
 
     Returns:
@@ -86,7 +88,7 @@ def validate_onnx(
     with _bars(progress) as bars:
         run_data(opened, model, dataloader, seen, bars, limit_batches)
         measured = measure(sessions, seen.first, files["compact"], settings, bars)
-    asked = Asked(provider, require_gpu, max_drop, min_speedup, dict(extra or {}))
+    asked = Asked(provider, require_gpu, max_drop, min_speedup, tuple(exhibits), dict(extra or {}))
     return judge(files, opened["compact"], seen, measured, model, asked)
 
 

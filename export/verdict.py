@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_prune.export.machine import describe_machine
@@ -24,6 +24,7 @@ class Asked:
         require_gpu: Whether anything but CUDA is an error.
         max_drop: Gate on the metric, or None.
         min_speedup: Gate on the latency, or None.
+        exhibits: What methods have to show.
         extra: Recipe and provenance for the report.
     """
 
@@ -31,6 +32,7 @@ class Asked:
     require_gpu: bool
     max_drop: float | None
     min_speedup: float | None
+    exhibits: Sequence[Mapping[str, Any]]
     extra: Mapping[str, Any]
 
 
@@ -93,6 +95,7 @@ def judge(
             "batches": seen.batches,
             "agreement": seen.agreed / seen.decisions if seen.decisions else None,
         },
+        exhibits=[dict(exhibit) for exhibit in asked.exhibits],
         extra={"export": files["compact"].metadata.get("provenance", {}), **asked.extra},
     )
 

@@ -20,9 +20,11 @@ _HOME = {
     "LossModel": "lightning_prune.methods",
     "LowRank": "lightning_prune.methods",
     "Magnitude": "lightning_prune.methods",
+    "PFP": "lightning_prune.methods",
     "Plan": "lightning_prune.structure.plan",
     "Random": "lightning_prune.methods",
     "SNIP": "lightning_prune.methods",
+    "SiPP": "lightning_prune.methods",
     "SynFlow": "lightning_prune.methods",
     "TRP": "lightning_prune.methods",
 }

@@ -43,6 +43,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Magnitude-gradually": ("Magnitude", GRADUALLY),
     "Magnitude-weights": ("Magnitude", WEIGHTS),
     "Magnitude-weights-gradually": ("Magnitude", WEIGHTS | GRADUALLY),
+    "PFP-gradually": ("PFP", GRADUALLY),
+    "PFP-random-gradually": ("PFP", {"mode": "random"} | GRADUALLY),
     "Random-weights": ("Random", WEIGHTS),
 }
 NAMES = [*methods.__all__, *VARIANTS, "ToyMask"]

@@ -56,16 +56,17 @@ class ChannelTarget:
     by_group: Mapping[str, float] | None = None
 
     @classmethod
-    def of(cls, method: str, flops: object, params: object, sparsity: object) -> "ChannelTarget":
-        """Check the options of a method.
+    def of(cls, method: str, flops: object, params: object, sparsity: object = ...) -> "ChannelTarget":
+        """Check the options of a method; one without ``sparsity`` leaves that out.
 
         Raises:
             OptionError: If not exactly one is given, or it is no bound.
         """
         options: dict[Bounded, object] = {"flops": flops, "params": params, "sparsity": sparsity}
+        options = {name: value for name, value in options.items() if value is not ...}
         given = {name: value for name, value in options.items() if value is not None}
         if len(given) != 1:
-            raise OptionError(f"{method} needs exactly one of flops, params, sparsity; got {given or 'none'}.")
+            raise OptionError(f"{method} needs exactly one of {', '.join(options)}; got {given or 'none'}.")
         ((name, value),) = given.items()
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name == "sparsity" and isinstance(value, Mapping):

@@ -27,6 +27,7 @@ from lightning_prune.callback.checks import (
     check_strategy,
     nothing_to_change,
 )
+from lightning_prune.callback.exhibit import Exhibit
 from lightning_prune.callback.ranks import agree, check_alike
 from lightning_prune.callback.resume import keep_rates, random_state, rates_of, set_random_state
 from lightning_prune.callback.task import Task
@@ -132,6 +133,10 @@ class Compression(Callback):
     def facts(self, module: nn.Module) -> dict[str, float]:
         """Return scalars to log under ``compression/`` during a gradual fit."""
         return {}
+
+    def exhibits(self) -> Sequence[Exhibit]:
+        """Return what there is to show of the fit that has ended."""
+        return ()
 
     # Identity and state ---------------------------------------------------------------------------------------------------------
 

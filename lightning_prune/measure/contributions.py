@@ -217,9 +217,7 @@ def watching(model: nn.Module, looks: Mapping[str, Look]) -> Iterator[None]:
             handle.remove()
 
 
-def running(
-    probe: Probe, looks: Mapping[str, Look], batches: int, calls: Sequence[Call], title: str
-) -> Generator[Any]:
+def running(probe: Probe, looks: Mapping[str, Look], batches: int, calls: Sequence[Call], title: str) -> Generator[Any]:
     """Run a model on data for what its layers see, in eval mode and without gradients, and yield every batch that was run.
 
     Args:
@@ -246,7 +244,9 @@ def running(
                 ) from error
             yield batch
     if index < 0:
-        raise ModelError("There is no batch to measure with: the data is empty. Give a training dataloader with batches.")
+        raise ModelError(
+            "There is no batch to measure with: the data is empty. Give a training dataloader with batches."
+        )
 
 
 def _by_sign(layer: DenseLayer) -> Tensor:

@@ -5,9 +5,11 @@ from lightning_prune.methods.gsm import GSM
 from lightning_prune.methods.loss_model import LossModel
 from lightning_prune.methods.low_rank import LowRank
 from lightning_prune.methods.magnitude import Magnitude
+from lightning_prune.methods.pfp import PFP
 from lightning_prune.methods.random import Random
+from lightning_prune.methods.sipp import SiPP
 from lightning_prune.methods.snip import SNIP
 from lightning_prune.methods.synflow import SynFlow
 from lightning_prune.methods.trp import TRP
 
-__all__ = ["GSM", "SNIP", "TRP", "GraSP", "LossModel", "LowRank", "Magnitude", "Random", "SynFlow"]
+__all__ = ["GSM", "PFP", "SNIP", "TRP", "GraSP", "LossModel", "LowRank", "Magnitude", "Random", "SiPP", "SynFlow"]

@@ -1,7 +1,8 @@
 """What lets a run go on where it was stopped: its folder, whole checkpoint files, and the state of the random generators.
 
 Layout of the folder: ``recipe.yaml`` (resolved), ``state.json`` (recipe and finished stages), ``stages/NAME.ckpt`` and ``.txt`` per finished
-stage, ``checkpoints/NAME/last.ckpt`` while a stage runs, ``logs/NAME/``, and at the end the ONNX files and ``report/``.
+stage, and ``.exhibits.json`` where its methods have something to show, ``checkpoints/NAME/last.ckpt`` while a stage runs, ``logs/NAME/``, and at
+the end the ONNX files and ``report/``.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from lightning_prune._lightning import Callback
+from lightning_prune.callback.exhibit import Exhibit
 from lightning_prune.errors import OptionError, RecipeError
 from lightning_prune.files import whole_file, write_text
 from lightning_prune.recipe.schema import Recipe, parse
@@ -101,6 +103,17 @@ class Folder:
     def result(self, stage: str) -> Path:
         """Return where the result of a finished stage stands."""
         return self.path / "stages" / f"{stage}.ckpt"
+
+    def exhibit(self, stage: str, exhibits: Sequence[Exhibit]) -> None:
+        """Keep what the methods of a stage have to show."""
+        if exhibits:
+            text = json.dumps([exhibit.to_dict() for exhibit in exhibits], indent=1)
+            write_text(self.path / "stages" / f"{stage}.exhibits.json", text + "\n")
+
+    def exhibits(self) -> list[dict[str, Any]]:
+        """Return what the methods of all stages have to show, in their order."""
+        files = [self.path / "stages" / f"{stage.name}.exhibits.json" for stage in self.recipe.stages]
+        return [item for file in files if file.is_file() for item in json.loads(file.read_text(encoding="utf-8"))]
 
     def log_name(self, stage: str) -> str:
         """Return a name below ``logs/`` that is free: a logger begins its file anew, and a resumed stage shall keep the earlier part."""

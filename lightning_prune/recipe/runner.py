@@ -142,6 +142,7 @@ def _fit(folder: Folder, stage: Stage, number: int, callbacks: Sequence[Any]) ->
     trainer.save_checkpoint(folder.result(stage.name), weights_only=False)
     if trainer.is_global_zero:
         write_text(folder.path / "stages" / f"{stage.name}.txt", _summary(package, model))
+        folder.exhibit(stage.name, [exhibit for method in methods for exhibit in method.exhibits()])
         folder.finish(stage.name)
 
 
@@ -197,6 +198,7 @@ def _export_and_validate(folder: Folder, small: Any, progress: bool) -> Outcome:
         files.get("dense"),
         dataloader=loader,
         model=small,
+        exhibits=folder.exhibits(),
         extra={"recipe": recipe.to_dict()},
         progress=progress,
         **arguments,

@@ -142,7 +142,7 @@ def _gathering(layer: nn.Module, step: Any, mask: Tensor) -> GatherInputs:
     return GatherInputs.of(step, before, after, keep)
 
 
-def gather_pays(layer: nn.Module, kept: int) -> bool:
+def gather_pays(layer: nn.Module, kept: int, of: int | None = None) -> bool:
     """Tell whether a layer that gathers its inputs is likely to be faster than the dense one.
 
     Kernels work on blocks of 16 channels, so that fewer of these must be left; and what a gathered value costs must be worth the multiply-adds
@@ -155,8 +155,10 @@ def gather_pays(layer: nn.Module, kept: int) -> bool:
 
     Args:
         layer: A layer that may gather.
-        kept: How many of its inputs it goes on to read.
+        kept: How many inputs it goes on to read.
+        of: How many it would read otherwise; None: those that it has.
     """
     outputs, inputs, *taps = layer.get_parameter("weight").shape
+    inputs = inputs if of is None else of
     saved = (inputs - kept) * outputs * math.prod(taps) / kept
     return -(-kept // 16) < -(-inputs // 16) and saved >= (512 if isinstance(layer, nn.Linear) else 64)

@@ -71,7 +71,7 @@ def called_modules(model: nn.Module, calls: Sequence[Call]) -> Collection[str]:
     found: set[str] = set()
     with preserved(model, mode="eval"):
         for name, module in model.named_modules():
-            module.register_forward_hook(lambda *_, name=name: found.add(name))  # type: ignore[misc]
+            module.register_forward_hook(lambda *_, name=name: found.add(name))
         for call in calls:
             call.run(model)
     return found

@@ -20,6 +20,7 @@ from rich.console import Console
 from lightning_prune.errors import ExportError, OptionError, RuntimeMissingError
 
 DENSE, COMPACT = [np.full(20, 2.0), np.full(20, 3.0)], [np.full(20, 1.0), np.full(20, 1.0)]
+PNG = base64.b64encode(b"no picture, but what a method hands over").decode()
 EVIL = "<script>alert('|')</script>"
 
 
@@ -59,6 +60,10 @@ def report():
         gates=[{"name": "max_drop", "limit": 0.01, "value": 0.025, "passed": False}],
         layers=[row, {**row, "layer": "head", "kept": None, "reason": "output layer"}],
         data={"examples": 10, "batches": 2, "agreement": 0.9},
+        exhibits=[
+            {"title": EVIL, "text": "What is guaranteed.", "rows": [{"layer": EVIL, "eps": 0.25}], "picture": None},
+            {"title": "Norms", "text": EVIL, "rows": [], "picture": PNG},
+        ],
         extra={"recipe": EVIL},
     )
 
@@ -88,7 +93,7 @@ def test_html_loads_nothing_and_runs_nothing(report, tmp_path):
     page.feed(text)
     assert page.open == []
     assert not page.tags & {"script", "link", "iframe", "object"}
-    assert len(page.sources) == 3
+    assert len(page.sources) == 4
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     assert "url(" not in text
@@ -98,12 +103,29 @@ def test_html_loads_nothing_and_runs_nothing(report, tmp_path):
 
 def test_pictures_are_png_of_what_was_measured(report, tmp_path):
     text = report.save(tmp_path).read_text()
-    for encoded in re.findall(r'base64,([^"]*)"', text):
+    for encoded in sorted({*re.findall(r'base64,([^"]*)"', text)} - {PNG}):
         pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(encoded)), format="png")
         assert min(pixels.shape[:2]) > 200
         assert pixels.std() > 0.01  # not an empty canvas
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
-    assert titles == ["accuracy against latency", "Latency distribution, batch 1", "Share of parameters kept per layer"]
+    assert titles == [
+        "accuracy against latency",
+        "Latency distribution, batch 1",
+        "Share of parameters kept per layer",
+        "Norms",
+    ]
+
+
+def test_what_methods_have_to_show_stands_in_every_document(report, tmp_path):
+    report.save(tmp_path)
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert f'src="data:image/png;base64,{PNG}"' in page
+    assert "<td>0.25</td>" in page
+    assert page.index("<h2>Norms</h2>") < page.index("&lt;script&gt;", page.index("<h2>Norms</h2>"))
+    assert "| layer | eps |" in text
+    assert "What is guaranteed." in text
+    assert "What is guaranteed." in page
+    assert Report.load(tmp_path).exhibits == report.exhibits
 
 
 def test_figures_and_judgement_stand_in_every_document(report, tmp_path):
@@ -158,7 +180,7 @@ def test_report_without_reference_or_metric_is_written(report, tmp_path):
     del bare.models["dense"]
     bare.models["compact"]["metric"] = bare.metric = None
     bare.latency = [{"batch": 1, "compact": summarize(COMPACT), "speedup": None}]
-    bare.layers, bare.gates, bare.outputs, bare.extra = [], [], [], {}
+    bare.layers, bare.gates, bare.outputs, bare.exhibits, bare.extra = [], [], [], [], {}
     text = bare.save(tmp_path).read_text()
     assert re.findall(r"<figcaption>(.*?)</figcaption>", text) == ["Latency distribution, batch 1"]
 
