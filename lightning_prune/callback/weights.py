@@ -161,6 +161,8 @@ class WeightRemoval:
         if not self.remove_dead or not has_empty_slice(weights.kept):
             return weights
         with masked(dict(weights.tensors), weights.kept), preserved(task.model, parameters=True):
+            for key, gains in weights.gains.items():
+                weights.tensors[key].data.mul_(gains.float().to(weights.tensors[key]))
             if task.probe.data is not None:
                 task.probe.recalibrate(self.recalibrate_bn, task.calls)
             return dataclasses.replace(weights, dead=bury(task.model, task.calls, weights.kept))

@@ -94,7 +94,7 @@ def weight_shares(
         scales = _reciprocals(weights, patches, least)
         values = patches.view(len(weights), -1, patches.shape[1])
         if over_positions == "mean":
-            torch.maximum(largest, torch.bmm(scales, values.transpose(1, 2)) / values.shape[2], out=largest)
+            torch.maximum(largest, torch.bmm(scales / values.shape[2], values.transpose(1, 2)), out=largest)
             continue
         step = max(1, CHUNK // scales.numel())
         for start in range(0, values.shape[1], step):

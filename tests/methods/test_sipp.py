@@ -1,12 +1,14 @@
 """SiPP: the authors' numbers, the allocation against its conditions of optimality, sampling without bias, and what is left alone or refused."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lit import LitNet, loader, trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -303,6 +305,26 @@ def test_sampled_rows_are_unbiased():
     assert errors.std(0).min() > 1e-3
 
 
+@pytest.mark.parametrize("error", [0.5, 0.25])
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_bound_holds_on_the_calibration_data_as_often_as_promised(signed, error):
+    torch.manual_seed(4)
+    layer, x = nn.Linear(12, 2, bias=False).double(), torch.randn(10, 12, dtype=torch.float64)
+    x = x if signed else x.abs()
+    layer.weight.data = layer.weight.data if signed else layer.weight.data.abs()
+    shares, delta = by_sign(weight_shares(layer, x), layer.weight.detach()), 0.05
+    triples = 2 * len(x) * 2 * (1 + signed)  # halves of x, rows, and signs
+    sums = float(shares.sum(2).max())  # a row with a lower one draws more often than it needs to
+    draws = math.ceil((6 + 2 * error) * sums * math.log(2 * triples / delta) / (3 * error**2))
+    shares = torch.where(shares.sum(2, keepdim=True) > 0, shares, 1.0)  # any will do for a sign that has no weights
+    probabilities = shares / shares.sum(2, keepdim=True)
+    errors = sampled_errors(layer, x, probabilities, draws)
+    both = x.abs() @ layer.weight.detach().abs().T
+    failed = (errors.abs() > error * both).flatten(1).any(1).double().mean()
+    assert float(failed) <= delta
+    assert errors.std(0).max() > 0
+
+
 def test_sampling_by_sensitivity_errs_less_at_most_than_by_chance():
     layer, x, p = skewed(signed=False)
     uniform = (p > 0) / (p > 0).sum(2, keepdim=True)
@@ -366,6 +388,34 @@ def test_gradual_sampling_reweights_once_and_ends_at_the_share(tmp_path):
     ratio = torch.cat([(model.get_parameter(n).detach() / before[n])[mask] for n, mask in masks.items()])
     assert float((ratio - 1).abs().max()) > 0.1
     assert 0.7 < float(ratio.median()) < 4
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_resumed_fit_does_not_reweight_again(tmp_path):
+    def fitted(**options):
+        method = SiPP(sparsity=0.5, mode="random", until_epoch=2, calibration_batches=1, remove_dead=False)
+        torch.manual_seed(0)
+        model = LitNet()
+        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        run = trainer(tmp_path, callbacks=[method, saver], max_epochs=3, enable_checkpointing=True)
+        run.fit(model, loader(), **options)
+        return model
+
+    whole = fitted()
+    resumed = fitted(ckpt_path=tmp_path / "epoch=0.ckpt")
+    for name, value in whole.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_constants_behind_reweighted_weights_are_absorbed_exactly():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x = torch.randn(40, 6, dtype=torch.float64)
+    small, plan = compress(model, SiPP(sparsity=0.8, mode="random", seed=2), x, data=[x])
+    still = compress(model, SiPP(sparsity=0.8, mode="random", seed=2, remove_dead=False), x, data=[x])[0]
+    assert len(plan) > 3
+    torch.testing.assert_close(small(x), still(x), rtol=1e-9, atol=1e-9)
 
 
 def test_gains_are_taken_once_and_not_carried():
