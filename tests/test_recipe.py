@@ -421,6 +421,35 @@ class Stop(Exception):
     """What a test throws into a run."""
 
 
+def test_what_a_method_has_to_show_stands_in_the_report_of_a_run_that_was_stopped_behind_it(
+    home, tmp_path, monkeypatch
+):
+    stages = [
+        {"name": "dense", "fit": {"max_epochs": 1}},
+        {"name": "pfp", "fit": {"max_epochs": 1}, "methods": [{"PFP": {"params": 0.8, "align": 1}}]},
+        {"name": "last", "fit": {"max_epochs": 1}},
+    ]
+    recipe = parse(content(stages=stages, export={}, validate={"provider": "cpu", "latency": {"runs": 3, "rounds": 2}}))
+    real = Folder.finish
+
+    def stop(folder, stage):
+        real(folder, stage)
+        if stage == "pfp":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Folder, "finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(str(home))
+    report = recipes.resume(tmp_path / "run").report
+    (exhibit,) = report.exhibits
+    assert exhibit["title"] == "PFP, deterministic: what is guaranteed"
+    assert [row["layer"] for row in exhibit["rows"]] == ["head"]
+    assert "<td>head</td>" in (tmp_path / "run" / "report" / "report.html").read_text()
+
+
 def stop_at(monkeypatch, stage, epoch):
     """Throw after the checkpoint of an epoch is written, before the next one begins."""
 
