@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune.structure.calls import Call
 from lightning_prune.structure.groups import Structure
-from lightning_prune.structure.layers import is_plain
+from lightning_prune.structure.layers import LAYERS
 from lightning_prune.structure.preserve import preserved
 
 
@@ -53,7 +53,7 @@ def find_readers(
             own = slot.units[slot.units >= 0]
             if slot.zeroed:
                 continue
-            if is_plain(owner) and parameter == "weight" and name in called and times[tensor] == 1:
+            if _sums(owner) and parameter == "weight" and name in called and times[tensor] == 1:
                 readers.append(Reader(name, slot.units))
                 read[own] = True
             else:
@@ -64,6 +64,16 @@ def find_readers(
     unknown = dict.fromkeys(np.flatnonzero(~read).tolist(), nothing) | unknown
     reasons = {reason: np.array([u for u, why in unknown.items() if why == reason]) for reason in unknown.values()}
     return tuple(readers), reasons
+
+
+def _sums(layer: nn.Module) -> bool:
+    """Tell whether a layer computes what a Linear or a convolution does: a subclass may, if it has no code of its own for that."""
+    return any(
+        isinstance(layer, kind)
+        and type(layer).forward is kind.forward
+        and getattr(type(layer), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
+        for kind in LAYERS.values()
+    )
 
 
 def called_modules(model: nn.Module, calls: Sequence[Call]) -> Collection[str]:

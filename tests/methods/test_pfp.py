@@ -313,6 +313,18 @@ def test_layers_on_a_stream_leave_out_different_channels_where_that_pays():
     assert not any("Gathered" in type(module).__name__ for module in plain.modules())
 
 
+def test_a_second_stage_goes_on_from_layers_that_gather():
+    net = Net(56).double().eval()
+    half, _ = compress(net, PFP(flops=0.5, align=1, calibration_batches=4), X, batches())
+    less, plan = compress(half, PFP(flops=0.3, align=1, calibration_batches=4), X, batches())
+    assert 0.27 * COSTS["flops"](net) < COSTS["flops"](less) <= 0.3 * COSTS["flops"](net)
+    assert len(plan.stages) == 2
+    fresh = Net(56).double().eval()
+    plan.build(fresh)
+    fresh.load_state_dict(less.state_dict(), strict=False)
+    assert torch.equal(fresh(batches()[0][0]), less(batches()[0][0]))
+
+
 def product(layer, x, weight):
     return nn.functional.linear(x, weight) if weight.ndim == 2 else layer._conv_forward(x, weight, None)
 

@@ -58,6 +58,25 @@ def test_units_are_told_that_something_reads_whose_inputs_are_not_seen():
     assert reason == "'lstm', a LSTM, whose inputs cannot be seen, reads it"
 
 
+class Named(nn.Conv2d):
+    """A convolution under another name."""
+
+
+class Own(nn.Conv2d):
+    """One with code of its own."""
+
+    def forward(self, x):
+        return super().forward(x * x)
+
+
+@pytest.mark.parametrize("kind", [Named, Own])
+def test_a_subclass_is_a_reader_as_long_as_it_computes_what_its_base_does(kind):
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), kind(6, 3, 1))
+    _, readers, unknown = readers_of(model, torch.zeros(1, 2, 4, 4))
+    assert ("2" in readers) == (kind is Named)
+    assert bool(unknown) == (kind is Own)
+
+
 class Functional(nn.Module):
     """The second layer's weight is used without calling the layer, or the layers share a weight."""
 
