@@ -204,11 +204,11 @@ class Lottery:
         Args:
             stays: Which entries stay, boolean.
         """
-        rows = torch.tensor(sorted(self.drawn), dtype=torch.int64)
-        times, found = self.times[rows], stays.double()
-        early = times[(times < _LATE - 1) & stays[rows]]
-        later = times[(times < _LATE - 1) & ~stays[rows]]
-        end = (early.max() + later.min()) / 2 if len(early) and len(later) else early.max() if len(early) else 0.0
+        rows, found = sorted(self.drawn), stays.double()
+        times, stay = self.times[rows], stays[rows]
+        met = times < _LATE - 1
+        last, later = float(times[met & stay].max()) if bool((met & stay).any()) else 0.0, times[met & ~stay]
+        end = (last + float(later.min())) / 2 if len(later) else last  # any moment until the next is met would do
         for row, draws in self.drawn.items():
             if bool((stays[row] | (self.shares[row] == 0)).all()):
                 continue

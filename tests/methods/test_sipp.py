@@ -183,6 +183,17 @@ def test_weights_of_a_dead_layer_leave_first_and_one_sample_is_data_enough():
     assert not masks_of(plan)["2.weight"].any()
 
 
+def test_sampling_keeps_nothing_that_is_dead_before_what_is_not():
+    model, x = net(), batches(4)[0][0]
+    model[0].bias.data.fill_(-100.0)
+    weights = weights_of(model)
+    kept = {name: torch.ones(w.shape, dtype=torch.bool) for name, w in weights.items()}
+    factors = SiPP(sparsity=0.7, mode="random").choose_weights(task_of(model, [x], None), weights, kept, 260)
+    assert not factors["2.weight"].any()
+    assert all(f.isfinite().all() and (f >= 0).all() for f in factors.values())
+    assert sum(int((f == 0).sum()) for f in factors.values()) == 260
+
+
 def test_activations_that_are_not_finite_are_refused_by_the_name_of_the_layer():
     model, x = net(), batches(2)[0][0]
     model[0].bias.data[1] = float("inf")
