@@ -35,8 +35,8 @@ class Stream:
     readers: Mapping[str, Slot]
 
 
-def streams(model: nn.Module, structure: Structure) -> tuple[Stream, ...]:
-    """Return the groups of units that two or more linear layers or convolutions read.
+def readers_of_streams(model: nn.Module, structure: Structure) -> tuple[Stream, ...]:
+    """Return the groups of units that two or more linear layers or convolutions read, and who may gather.
 
     Args:
         model: The model.
@@ -113,7 +113,9 @@ def gather_steps(model: nn.Module, kept: Mapping[str, Tensor], steps: Iterable[S
             )
         place = next((i for i, s in enumerate(found) if s.module == name and isinstance(s, KeepChannels)), len(found))
         step = found[place] if place < len(found) else KeepChannels(name, {})
-        found[place : place + 1] = [_gathering(model.get_submodule(name), step, mask.cpu())]
+        gathering = _gathering(model.get_submodule(name), step, mask.cpu())
+        if not mask.all():
+            found[place : place + 1] = [gathering]
     return tuple(found)
 
 

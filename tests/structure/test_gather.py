@@ -19,7 +19,7 @@ from lightning_prune.errors import ModelError, OptionError, PlanError
 from lightning_prune.structure.calls import as_calls
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.gathered import GatheredConv2d, GatheredLinear, reads_of
-from lightning_prune.structure.gathering import gather_pays, gather_steps, streams, why_not_gathered
+from lightning_prune.structure.gathering import gather_pays, gather_steps, readers_of_streams, why_not_gathered
 from lightning_prune.structure.groups import find_units
 from lightning_prune.structure.masks import Masks, cut_masks
 from lightning_prune.structure.plan import Origin, Plan, Stage
@@ -161,6 +161,7 @@ def test_gathering_twice_is_gathering_what_both_keep():
     model = net()
     twice = gathered(gathered(model), {"a": only(5, 1, 4), "head": only(7, 0, 1, 2, 3, 4, 6)})
     once = gathered(model, KEPT | {"a": only(12, 2, 8), "head": only(12, 1, 3, 5, 6, 7, 9)})
+    assert gather_steps(once, {"b": only(5, 0, 1, 2, 3, 4)}) == ()
     assert [step.module for step in plan_of(twice).steps] == ["a", "b", "head", "a", "head"]
     states = [{key: value for key, value in m.state_dict().items() if "plan" not in key} for m in (once, twice)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] | states[1])
@@ -186,6 +187,13 @@ def test_later_stages_shrink_the_stream_and_the_layers():
         kept = draw(structure, np.arange(structure.count), seed=seed)
         cut(small, structure, kept, IMAGE)
         assert (removed_units(structure, removal_steps(small, structure, kept)) == ~kept).all()
+
+
+def test_units_may_be_held_in_a_network_that_gathers():
+    small = gathered(net())
+    structure = structure_of(small, IMAGE).without(np.array([0, 2, 13]), "the test holds it")
+    assert structure.count == 21
+    cut_at_random(small, structure, IMAGE)
 
 
 def leave(model, *channels):
@@ -467,6 +475,13 @@ def test_what_cannot_gather_says_why():
             gather_steps(model, {name: only(4, 1)})
 
 
+def test_a_layer_whose_forward_is_called_past_it_is_found_out():
+    model = Net(lambda s, x: s.b.forward(s.a(x)), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 2, 1)).double()
+    with pytest.raises(ModelError, match="self-check failed at 'b'"):
+        gathered(model, {"b": only(4, 1, 2)})
+    assert type(model.b) is nn.Conv2d
+
+
 def test_masks_that_are_none_are_refused():
     model = net()
     for mask in (only(11, 1), only(12, 1).long(), only(12, 1)[None]):
@@ -482,12 +497,12 @@ def test_masks_that_are_none_are_refused():
 def test_streams_are_what_two_layers_read():
     model = net()
     structure = find_units(model, as_calls(IMAGE))
-    (found,) = streams(model, structure)
+    (found,) = readers_of_streams(model, structure)
     assert found.group.name == "stem"
     assert list(found.readers) == ["a", "b", "head"]
     assert all(slot.tensor == f"{name}.weight" and slot.axis == 1 for name, slot in found.readers.items())
     model.a.forward = model.a.forward
-    (found,) = streams(model, structure)
+    (found,) = readers_of_streams(model, structure)
     assert list(found.readers) == ["b", "head"]  # two read it besides, whether they may gather or not
 
 
