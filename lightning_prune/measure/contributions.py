@@ -272,6 +272,8 @@ def _cells(units: Tensor, groups: int, taps: int, single: bool) -> Iterator[tupl
     key = units if single else units + channels // (len(units) // groups) * (units.max() + 1)
     order = key.argsort(stable=True)
     order = order[units[order] >= 0]
+    if not len(order):
+        return
     _, sizes = torch.unique_consecutive(key[order], return_counts=True)
     steps = torch.arange(taps, device=units.device)
     if single:
@@ -293,6 +295,8 @@ def _patches(layer: DenseLayer, inputs: Tensor, positions: int, most: int | None
         positions: Samples are taken together up to so many.
         most: One sample comes in parts of so many at most; None: whole.
     """
+    if not inputs.numel():
+        return
     x = inputs.detach().to(torch.promote_types(layer.weight.dtype, torch.float32))
     if isinstance(layer, nn.Linear):
         x = x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1]).transpose(1, 2)

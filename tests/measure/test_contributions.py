@@ -168,6 +168,15 @@ def test_half_precision_is_measured_in_float32(dtype):
     assert torch.equal(found, unit_shares(layer.float(), x.float(), torch.arange(6), 6))
 
 
+@pytest.mark.parametrize("contribution", ["channel_sum", "max_tap"])
+def test_without_units_or_samples_there_are_no_shares(contribution):
+    for layer, x in (make("linear"), make("conv2d")):
+        channels = x.shape[1]
+        assert not unit_shares(layer, x, torch.full((channels,), -1), 2, contribution).any()
+        assert not unit_shares(layer, x[:0], torch.arange(channels), channels, contribution).any()
+        assert not weight_shares(layer, x[:0]).any()
+
+
 def test_a_layer_without_weights_has_no_shares():
     layer = nn.Linear(3, 2)
     nn.init.zeros_(layer.weight)
