@@ -231,10 +231,13 @@ def test_a_layer_that_reads_all_that_is_left_is_an_ordinary_one_again():
     assert gathered(small, {"a": only(5, 1)}).a.index.tolist() == [1]
 
 
-def test_a_layer_that_loses_all_that_it_reads_is_left_with_a_zero():
-    small = gathered(net(), {"b": only(12, 4, 9)})
+@pytest.mark.parametrize("read", [(4,), (4, 9)])
+def test_a_layer_that_loses_all_that_it_reads_is_left_with_a_zero(read):
+    small = gathered(net(), {"b": only(12, *read)})
     structure, kept = leave(small, 4, 9)
     smaller = cut(small, structure, kept, IMAGE)
+    with pytest.raises(OptionError, match="none of its inputs"):
+        gather_steps(small, {"b": only(len(read), 0)}, removal_steps(small, structure, kept))
     assert smaller.b.index.tolist() == [0]
     assert smaller.b.weight.shape == (7, 1, 3, 3)
     assert not smaller.b.weight.any()
@@ -477,7 +480,7 @@ def test_what_cannot_gather_says_why():
 
 def test_a_layer_whose_forward_is_called_past_it_is_found_out():
     model = Net(lambda s, x: s.b.forward(s.a(x)), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 2, 1)).double()
-    with pytest.raises(ModelError, match="self-check failed.*does not run"):
+    with pytest.raises(ModelError, match=r"self-check failed.*does not run"):
         gathered(model, {"b": only(4, 1, 2)})
     assert type(model.b) is nn.Conv2d
 

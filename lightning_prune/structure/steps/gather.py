@@ -78,7 +78,7 @@ class GatherInputs(KeepChannels):
 
     def _find(self, model: nn.Module, after: bool) -> nn.Module:
         module, reads = super()._find(model, after), self.mask(after)
-        if not may_gather(module) or isinstance(module, Gathered) == bool(reads.all()):
+        if not may_gather(module):
             raise PlanError(
                 f"Module {self.module!r} is a {type(module).__name__}; the plan was made for another layer."
             )
