@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lightning_prune.budget.units import UnitGroup, choose_units
 from lightning_prune.callback.channel_target import Bounded, Budget
 from lightning_prune.callback.task import Task
-from lightning_prune.structure.gathering import streams
+from lightning_prune.structure.gathering import readers_of_streams
 from lightning_prune.structure.groups import Structure
 from lightning_prune.structure.steps import GatherInputs, Step
 
@@ -73,7 +73,7 @@ def stream_readers(task: Task, structure: Structure, bounded: Bounded) -> list[S
         bounded: ``"flops"`` or ``"params"``; no column leaves for a share of channels.
     """
     found = []
-    for stream in streams(task.model, structure) if bounded != "sparsity" else ():
+    for stream in readers_of_streams(task.model, structure) if bounded != "sparsity" else ():
         for name, slot in stream.readers.items():
             weight = structure.shapes[slot.tensor]
             rows = next((s.units for s in structure.by_tensor[slot.tensor] if s.axis == 0), np.full(weight[0], -1))
