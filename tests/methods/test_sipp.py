@@ -419,14 +419,28 @@ def test_a_resumed_fit_does_not_reweight_again(tmp_path):
             assert torch.equal(value, resumed.state_dict()[name])
 
 
+class Given(SiPP):
+    """Multiplies weights by factors of the test's own."""
+
+    def choose_weights(self, task, weights, kept, count):
+        factors = {name: torch.ones_like(weight) for name, weight in weights.items()}
+        factors["0.weight"][0] = 0  # the first unit is a constant of its bias
+        factors["2.weight"][0] = torch.tensor([3.0, 0, 0])  # and what reads it alone, re-weighted, another one
+        return factors
+
+
 def test_constants_behind_reweighted_weights_are_absorbed_exactly():
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).double()
-    x = torch.randn(40, 6, dtype=torch.float64)
-    small, plan = compress(model, SiPP(sparsity=0.8, mode="random", seed=2), x, data=[x])
-    still = compress(model, SiPP(sparsity=0.8, mode="random", seed=2, remove_dead=False), x, data=[x])[0]
-    assert len(plan) > 3
-    torch.testing.assert_close(small(x), still(x), rtol=1e-9, atol=1e-9)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    model[0].bias.data[0] = model[2].bias.data[0] = model[2].weight.data[0, 0] = 1.0
+    x = torch.randn(20, 4, dtype=torch.float64)
+    small = compress(model, Given(sparsity=6 / 27), x, data=[x])[0]
+    assert [tuple(small[i].weight.shape) for i in (0, 2, 4)] == [(2, 4), (2, 2), (2, 2)]
+    first = model[0](x)
+    first[:, 0] = 1
+    second = model[2](first.relu())
+    second[:, 0] = 3 * 1 * 1 + 1
+    torch.testing.assert_close(small(x), model[4](second.relu()), rtol=1e-9, atol=1e-9)
 
 
 def test_gains_are_taken_once_and_not_carried():
