@@ -79,6 +79,8 @@ def weight_shares(
 ) -> Tensor:
     """Return the largest share that each single weight has in the output of its row, of the shape of the weight, in [0, 1].
 
+    Samples come one by one; for the mean, six times the memory of the weight is taken beside their inputs.
+
     Args:
         layer: The layer.
         inputs: What it is called with, samples first.
@@ -127,11 +129,11 @@ class Collector:
 
     Args:
         model: The model; not changed.
-        start: Zeros in the shape of what is measured, by name of the layer.
+        start: Zeros in the shape of what is measured, on the device of the layer, by its name.
         measure: ``measure(name, layer, inputs)`` of one call, such as :func:`unit_shares`; not negative.
 
     Attributes:
-        largest: What was measured, by name of the layer; on the device of the layer.
+        largest: What was measured, by name of the layer.
         seen: What the layer was called with; no samples: never.
     """
 
