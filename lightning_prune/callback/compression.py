@@ -376,9 +376,9 @@ class Compression(Callback):
         refresh_averages(trainer, pl_module)
         if task.progress < 1 and self._result is not None:
             log.warning(
-                "%s: the fit ended before until_epoch=%s, at %.0f %% of the schedule. Asked for %s; %s.",
+                "%s: the fit ended before %s, at %.0f %% of the schedule. Asked for %s; %s.",
                 type(self).__name__,
-                self.until_epoch,
+                self._end(),
                 100 * task.progress,
                 self._asked(),
                 loggers.describe(self, self._result),
@@ -389,6 +389,9 @@ class Compression(Callback):
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
         loggers.warn_of_early_checkpoints(trainer)
+
+    def _end(self) -> str:
+        return f"until_epoch={self.until_epoch}"
 
     def _asked(self) -> str:
         bounds = {name: getattr(self, name, None) for name in ("flops", "params", "sparsity")}

@@ -18,14 +18,11 @@ whatever their axes, and not of embeddings. ``Q`` is the number of weights that 
 finite is never hidden: where one is not a number, all weights are active. Several optimizers each rank the weights they hold.
 """
 
-import copy
-import dataclasses
 import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +30,7 @@ from torch import Tensor, nn
 from lightning_prune.budget.weights import count_to_remove, select_weights
 from lightning_prune.callback.batches import no_loss
 from lightning_prune.callback.checks import check_integer
+from lightning_prune.callback.course import Course, rates_to_come
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.weights import WeightPruning, check_scores
 from lightning_prune.errors import ModelError, OptionError
@@ -99,66 +97,6 @@ def decay_per_step(rate: float, decay: float, momentum: float, dampening: float 
         dampening: As in :class:`torch.optim.SGD`.
     """
     return rate * decay * (1 - dampening) / (1 - momentum)
-
-
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """How a fit will go on.
-
-    Attributes:
-        steps: Optimizer steps to come.
-        batches: Batches of an epoch; inf where that is not known.
-        accumulate: Batches of a step; the last step of an epoch takes what is left.
-        epoch: Epochs that have been.
-    """
-
-    steps: int
-    batches: float
-    accumulate: int = 1
-    epoch: int = 0
-
-    @classmethod
-    def of(cls, trainer: Any) -> Self | None:
-        """Return the course that a Trainer plans, None where its fit has no end."""
-        total = trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            return None
-        steps = int(total) - trainer.global_step
-        return cls(steps, trainer.num_training_batches, trainer.accumulate_grad_batches, trainer.current_epoch)
-
-    def __iter__(self) -> Iterator[tuple[int, float, bool]]:
-        """Yield for every step its epoch, the number of the batch that completes it, and whether the epoch ends with it."""
-        epoch, batch = self.epoch, 0.0
-        for _ in range(self.steps):
-            batch = min(batch + self.accumulate, self.batches)
-            yield epoch, batch, batch == self.batches
-            if batch == self.batches:
-                epoch, batch = epoch + 1, 0.0
-
-
-def planned_groups(
-    optimizer: torch.optim.Optimizer, schedulers: Sequence[Any], course: Course, keep: Sequence[Any] = ()
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Yield for every step to come its epoch and the options of all parameter groups; optimizer and schedulers stay as they are.
-
-    Args:
-        optimizer: The optimizer.
-        schedulers: Lightning's configurations of its learning-rate schedulers, none that waits for a metric.
-        course: The steps.
-        keep: Objects that schedulers may refer to and that must not be copied, such as the module whose method computes a rate.
-    """
-    ghost = torch.optim.SGD([{"params": [nn.Parameter(torch.empty(0))]} for _ in optimizer.param_groups], lr=0.1)
-    for group, real in zip(ghost.param_groups, optimizer.param_groups, strict=True):
-        group.update(copy.deepcopy({key: value for key, value in real.items() if key != "params"}))
-    memo = {id(optimizer): ghost} | {id(thing): thing for thing in keep}
-    copies = [(c.interval, c.frequency, copy.deepcopy(c.scheduler, dict(memo))) for c in schedulers]
-    for epoch, batch, ends in course:
-        yield epoch, ghost.param_groups
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the ghost never steps
-            for interval, frequency, scheduler in copies:
-                if (batch if interval == "step" else epoch + 1 if ends else math.nan) % frequency == 0:
-                    scheduler.step()
 
 
 class GSM(WeightPruning):
@@ -294,16 +232,9 @@ class GSM(WeightPruning):
         course = Course.of(trainer)
         if course is None:
             return []
-        configs = [
-            config
-            for config in trainer.lr_scheduler_configs
-            if module.automatic_optimization
-            and getattr(config.scheduler, "optimizer", None) is optimizer
-            and not config.reduce_on_plateau
-        ]
         sums = [0.0] * len(groups)
         try:
-            for epoch, options in planned_groups(optimizer, configs, course, keep=(module, trainer)):
+            for epoch, options in rates_to_come(trainer, module, optimizer, course):
                 for place, group in enumerate(groups if epoch >= self.start_epoch else ()):
                     sums[place] += decay_per_step(*(float(options[group][name]) for name in _RATES))
         except FOREIGN as error:

@@ -25,6 +25,13 @@ class Masks:
         self._set((tensors[key], mask) for key, mask in cut_masks(model, plan).items())
 
     @classmethod
+    def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Self:
+        """Return masks of tensors, each with a boolean one that broadcasts to it: False where it is held at zero."""
+        masks = cls.__new__(cls)
+        masks._set(pairs)
+        return masks
+
+    @classmethod
     def pending(cls, model: nn.Module, steps: Sequence[Step]) -> Self:
         """Return the masks of steps that are decided but not applied: what they will remove is held at zero until then.
 
@@ -33,13 +40,12 @@ class Masks:
             steps: Of :class:`~lightning_prune.structure.steps.MaskWeight` the entries, of :class:`~lightning_prune.structure.steps.KeepChannels` the
                 slices where the removed channels come from; others are passed over.
         """
-        masks, tensors = cls.__new__(cls), _tensors(model)
+        tensors = _tensors(model)
         pairs = [(step.key, step.mask) for step in steps if isinstance(step, MaskWeight)]
         for step in steps:
             if isinstance(step, KeepChannels):
                 pairs += [(step.key(name), mask) for name, mask in step.held()]
-        masks._set((tensors[key], mask) for key, mask in pairs)
-        return masks
+        return cls.of((tensors[key], mask) for key, mask in pairs)
 
     def _set(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.slices: list[tuple[Tensor, int, Tensor]] = []  # whole slices along one axis: cheap

@@ -1,0 +1,460 @@
+"""Base of the methods that let training decide which channels leave: what counts against a unit grows, step by step, until it is at zero.
+
+How many units leave every cell of the model (:class:`~lightning_prune.callback.unit_slices.UnitSlices`) is fixed before training, by a budget; which
+ones, the fit decides. All slices of a unit share one value, a penalty or a probability. The model keeps its shapes while it trains: units that are
+pruned are masked, with what the optimizer keeps for them, and leave when the fit has ended. Schedules count the steps that the optimizer has
+really taken: not batches that accumulate, nor steps that a gradient scaler skips.
+"""
+
+import dataclasses
+import fnmatch
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_prune.callback.channels import ChannelRemoval, channel_removal
+from lightning_prune.callback.checks import check_integer
+from lightning_prune.callback.course import Course
+from lightning_prune.callback.masking import Masking
+from lightning_prune.callback.task import Task
+from lightning_prune.callback.unit_slices import UnitSlices, even, frozen_units
+from lightning_prune.errors import CheckpointError, ModelError, OptionError, TrainerError
+from lightning_prune.structure.groups import Group, Structure
+from lightning_prune.structure.masks import Masks
+from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.removal import removal_steps
+from lightning_prune.structure.select import Pattern
+
+log = logging.getLogger(__name__)
+
+Ratios = Literal["uniform", "pca"] | dict[str, float]
+POINTS = 200  # of the history, at most about so many
+
+_FROZEN = "no weight that trains writes it, so that nothing could shrink it"
+_UNNAMED = "ratios names no share for it"
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthRemoval(ChannelRemoval):
+    """Channels leave that training has brought to zero.
+
+    Attributes:
+        ratios: How the shares of the groups that leave relate to each other.
+    """
+
+    ratios: Ratios = "uniform"
+
+    def look(self, task: Task) -> Structure:
+        """Return the units of the model; those stay that training cannot bring to zero, or for which ``ratios`` has no share.
+
+        Raises:
+            OptionError: If a pattern of ``ratios`` matches no group.
+            ModelError: If the model cannot be traced.
+        """
+        found = super().look(task)
+        found = found.without(frozen_units(found, dict(task.model.named_parameters())), _FROZEN)
+        if isinstance(self.ratios, Mapping):
+            names = [group.name for group in found.groups]
+            for pattern in self.ratios:
+                if not fnmatch.filter(names, pattern):
+                    raise OptionError(
+                        f"{self.method}(ratios): {pattern!r} matches no group that can shrink. These are: {names}."
+                    )
+            unnamed = [group.units for group in found.groups if not _ratio(self.ratios, group)]
+            found = found.without(np.concatenate([np.empty(0, np.int64), *unnamed]), _UNNAMED)
+        return found
+
+    def leaving(self, task: Task, found: Structure) -> NDArray[np.bool_]:
+        """Return which units would leave now, ``[units]``, boolean; how many of each cell is what the fit will keep to.
+
+        Raises:
+            BudgetError: If the budget cannot be met.
+        """
+        return ~self._choose(task, self.score(task, found, (), 1.0), 1.0)
+
+
+def _ratio(ratios: Mapping[str, float], group: Group) -> float:
+    """Return the ratio of a group: that of the last pattern that matches, 0 if none does."""
+    return next((r for name, r in reversed([*ratios.items()]) if fnmatch.fnmatchcase(group.name, name)), 0.0)
+
+
+def energy_lost(matrix: Tensor) -> NDArray[np.float64]:
+    """Return what share of its energy a matrix loses when its rank is cut by 1, 2, ...: the squares of its smallest singular values.
+
+    Args:
+        matrix: ``[units, features]``, a row for what each unit reads.
+
+    Returns:
+        ``[units]``, float64, ascending, the last one 1.
+    """
+    wide = matrix.detach().double().cpu()
+    energy = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).numpy()
+    lost: NDArray[np.float64] = np.cumsum(energy) / max(float(energy.sum()), 1e-300)
+    return lost
+
+
+class Growth(Masking):
+    """Let units shrink while the model trains, mask them when they are done, and remove them when the fit has ended.
+
+    Give exactly one of ``flops``, ``params``, ``sparsity``.
+
+    Args:
+        flops: Bound on the multiply-adds of the model: share of the dense one (float) or a count for the example inputs (int).
+        params: Bound on its parameters, likewise.
+        sparsity: Share of the channels that leave, in [0, 1), of the dense model's; or such shares by name or glob of a group.
+        ratios: What the groups give for one bound: ``"uniform"``, the same share of each; ``"pca"``, as much as leaves every group
+            the same share of the energy of its weights' principal components; or shares relative to each other by name or glob, scaled
+            together until the bound is met, groups that none matches staying whole.
+        align: Channels kept are multiples of it; 1 switches that off.
+        min_channels: At least so many channels of a group stay.
+        include: Layers whose channels may leave: names, globs or module types; None takes all.
+        exclude: Layers whose channels stay, likewise.
+        start_epoch: First epoch that counts.
+        recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards; 0 leaves them.
+
+    Attributes:
+        slices: The units as tensors see them, during a fit.
+        values: What has grown against every unit, ``[units]``; a penalty or a probability.
+        gone: Units that have been pruned, ``[units]``, boolean.
+        quota: How many units of every cell shall leave, ``[cells]``.
+        left: How many still have to, ``[cells]``.
+        updates: Optimizer steps that have counted.
+        numbers: What was derived from the planned steps before training, by name.
+
+    Raises:
+        OptionError: If an argument is of the wrong type or out of range.
+    """
+
+    slices: UnitSlices
+    values: Tensor
+    gone: Tensor
+    quota: Tensor
+    left: Tensor
+
+    def __init__(
+        self,
+        *,
+        flops: float | int | None = None,
+        params: float | int | None = None,
+        sparsity: float | dict[str, float] | None = None,
+        ratios: Ratios = "uniform",
+        align: int = 16,
+        min_channels: int = 1,
+        include: Pattern | Sequence[Pattern] | None = None,
+        exclude: Pattern | Sequence[Pattern] | None = None,
+        start_epoch: int = 0,
+        recalibrate_bn: int = 8,
+    ) -> None:
+        super().__init__(include=include, exclude=exclude, recalibrate_bn=recalibrate_bn)
+        self.flops, self.params, self.sparsity, self.ratios = flops, params, sparsity, ratios
+        self.align, self.min_channels, self.start_epoch = align, min_channels, start_epoch
+        self.gradual = True
+        check_integer(self, "start_epoch", 0)
+        _check_ratios(type(self).__name__, ratios, sparsity)
+        self.scope = "uniform" if ratios == "uniform" and not isinstance(sparsity, Mapping) else "global"
+        removal = channel_removal(self, self.score_units, self.scope)
+        self.removal = GrowthRemoval(**vars(removal), ratios=ratios)
+        Growth.reset(self)
+
+    def reset(self) -> None:
+        """Forget the fit before this one; ``plan`` stays."""
+        super().reset()
+        for name in ("values", "gone", "quota", "left"):
+            self.__dict__.pop(name, None)
+        self.updates, self.numbers = 0, dict[str, float]()
+        self._begun, self._seen, self._stride = False, 0, 1
+        self._saved: dict[str, Any] | None = None
+        self._history: list[Tensor] = []
+        self._first: Tensor | None = None
+
+    # What a method answers ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, trainer: Any, module: Any, steps: int | None) -> None:
+        """Derive ``numbers`` before a new fit trains, and raise what can be known.
+
+        Args:
+            trainer: The Trainer, its optimizers and schedulers set up.
+            module: Its module.
+            steps: Optimizer steps that will count; None where the fit has no planned end.
+        """
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Act before the first step that counts."""
+
+    def grow(self) -> None:
+        """Update ``values`` after an optimizer step, the ``updates``-th, and drop what is done."""
+        raise NotImplementedError
+
+    def likely(self) -> Tensor:
+        """Return which units will leave as it stands, ``[units]``, boolean; the history tells them from the others."""
+        return self.gone | self.lowest(self.slices.scores())
+
+    # For methods ----------------------------------------------------------------------------------------------------------------
+
+    def lowest(self, *keys: Tensor) -> Tensor:
+        """Return of every cell the units of the smallest keys among those not gone, as many as still have to leave, ``[units]``, boolean."""
+        ranks = self.slices.ranks(self.gone.to(torch.uint8), *keys)
+        return ~self.gone & (ranks < self.left[self.slices.cell])
+
+    def drop(self, units: Tensor) -> None:
+        """Prune units for good; what has grown against the others of a cell that has given all it shall stops to act.
+
+        Args:
+            units: ``[units]``, boolean.
+        """
+        self.gone = self.gone | units
+        self.left = self.quota - self.slices.counts(self.gone)
+        self.values = self.values.masked_fill(~self.gone & (self.left == 0)[self.slices.cell], 0)
+        self._hold_gone()
+
+    def check_finite(self, scores: Tensor) -> None:
+        """See that the weights are finite; waits for the device.
+
+        Raises:
+            ModelError: If a score is not.
+        """
+        if not bool(scores.isfinite().all()):
+            raise ModelError(
+                f"{type(self).__name__}: weights are not finite after {self.steps:,} steps. Look for a diverged training."
+            )
+
+    def score_units(self, task: Task, structure: Structure, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Score the units by the size of the weights that write them, and so that shares by ``ratios`` come out of one ranking."""
+        slices = UnitSlices(task.model, structure)
+        sizes = slices.scores()
+        self.check_finite(sizes)
+        scores: NDArray[np.float64] = sizes.double().cpu().numpy()
+        if self.ratios == "uniform":
+            return scores
+        for group in structure.groups:
+            given = np.arange(1, group.units.size + 1) / group.units.size
+            if self.ratios == "pca":
+                lost = energy_lost(_written(structure, group, dict(task.model.named_parameters())))
+            else:
+                lost = given / _ratio(self.ratios, group)
+            scores[group.units[np.argsort(scores[group.units], kind="stable")]] = lost
+        return scores
+
+    # The fit --------------------------------------------------------------------------------------------------------------------
+
+    def due(self, epoch: int) -> float:
+        """Return 0: nothing is masked by epochs."""
+        return 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Fix how many units of every cell will leave, and derive the numbers of the fit; or take up those of a checkpoint.
+
+        Raises:
+            BudgetError: If the budget cannot be met.
+            OptionError: If the options do not fit the planned steps.
+            TrainerError: If the Trainer plans too few.
+            CheckpointError: If the checkpoint was written for other units.
+        """
+        if self._done or self._task is None:
+            return
+        self.slices = UnitSlices(pl_module, self._found)
+        device = self.slices.cell.device
+        if self._saved is not None:
+            self._take_up(self._saved)
+            return
+        count = self.slices.count
+        self.values = torch.zeros(count, dtype=self.slices.dtype, device=device)
+        self.gone = torch.zeros(count, dtype=torch.bool, device=device)
+        leaving = torch.from_numpy(self.removal.leaving(self._task, self._found)).to(device)  # type: ignore[attr-defined]
+        quota = self.slices.counts(leaving)
+        if trainer.world_size > 1:
+            quota = trainer.strategy.broadcast(quota.cpu(), src=0).to(device)
+        self.quota, self.left, self._seen = quota, quota, self.steps
+        course = Course.of(trainer)
+        steps = None if course is None else sum(epoch >= self.start_epoch for epoch, *_ in course)
+        self._stride = max(1, -(-(steps or 10_000) // POINTS))
+        self.prepare(trainer, pl_module, steps)
+
+    def _needs(self, steps: int | None, needed: int) -> None:
+        """Raise if fewer steps are planned than are needed.
+
+        Raises:
+            TrainerError: With the number.
+        """
+        if steps is not None and steps < needed:
+            raise TrainerError(
+                f"{type(self).__name__} needs at least {needed:,} optimizer steps to bring the target's units to zero, the Trainer plans {steps:,}"
+                f"{f' from start_epoch={self.start_epoch} on' if self.start_epoch else ''}. Train longer (max_epochs, max_steps), or "
+                "leave the numbers out that set the pace: they are then derived from the planned steps."
+            )
+
+    def on_step_begin(self, trainer: Any, module: Any) -> None:
+        """Let the method act before the first step that counts."""
+        if not self._begun:
+            self._begun, self._first = True, self.slices.scores()
+            self.start()
+
+    def on_stepped(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Hold what is pruned at zero; after the step of the first optimizer let values grow."""
+        super().on_stepped(trainer, module, optimizer)
+        if self._begun and self._acts(trainer) and self.steps != self._seen:
+            self._seen, self.updates = self.steps, self.updates + 1
+            with torch.no_grad():
+                self.grow()
+                if self.updates % self._stride == 0:
+                    self._history.append(self._point())
+
+    def _hold_gone(self) -> None:
+        self._masks = Masks.of(self.slices.masks(self.gone))
+        self._masks.apply_()
+
+    def _gone_for_good(self) -> NDArray[np.bool_]:
+        """Return the units that leave if the fit ends now, ``[units]``, boolean."""
+        return even(self._found, self.gone.cpu().numpy())
+
+    def _decide_gone(self, module: nn.Module) -> None:
+        """Write what leaves if the fit ends now as the steps that the base takes then."""
+        if hasattr(self, "gone") and self._found is not None:
+            self._pending = Plan(removal_steps(module, self._found, ~self._gone_for_good()))
+
+    def _close(self, trainer: Any, pl_module: Any) -> None:
+        if self._begun:
+            self._decide_gone(pl_module)
+            if not self._pending:
+                log.warning(
+                    "%s: the fit ended after %d steps, before any unit was done; nothing was compressed, the model is as dense as before.",
+                    type(self).__name__,
+                    self.updates,
+                )
+                return
+        super()._close(trainer, pl_module)
+
+    def progress(self) -> float:
+        """Return the share of the units that shall leave which are gone."""
+        return float(self.gone.sum()) / max(1.0, float(self.quota.sum()))
+
+    def _end(self) -> str:
+        return "all units that shall leave were at zero"
+
+    # How far it has come --------------------------------------------------------------------------------------------------------
+
+    def _point(self) -> Tensor:
+        """Return an entry of the history, ``[6]``, as :data:`_FACTS` names it.
+
+        What is left of kept and of leaving units, as a share of their sizes before; of the values of units that are not gone the median, the
+        90th percentile and the largest; the share of units that are gone.
+        """
+        assert self._first is not None
+        scores, leaving = self.slices.scores(), self.likely()
+        left = [(scores * own).sum() / (self._first * own).sum() for own in (~leaving, leaving)]
+        values = self.values.masked_fill(self.gone, math.nan)
+        quantiles = values.nanquantile(values.new_tensor([0.5, 0.9, 1.0])).nan_to_num(0.0)
+        return torch.stack([*left, *quantiles, self.gone.to(scores.dtype).mean()])
+
+    def facts(self, module: nn.Module) -> dict[str, float]:
+        """Return quantiles of what has grown, the share of units at zero, and what is left of kept and of leaving units."""
+        if not self._begun:
+            return {}
+        self._decide_gone(module)
+        told = dict(zip(_FACTS, self._point().tolist(), strict=True))
+        return super().facts(module) | {f"growth/{name}": value for name, value in told.items()}
+
+    def history(self) -> NDArray[np.float64]:
+        """Return how the fit went, ``[points, 7]``: the step, then what :data:`_FACTS` names."""
+        rows = torch.stack(self._history).double().cpu().numpy() if self._history else np.empty((0, len(_FACTS)))
+        steps = self._stride * np.arange(1, len(rows) + 1)
+        return np.column_stack([steps, rows])
+
+    # State ----------------------------------------------------------------------------------------------------------------------
+
+    def growth_state(self) -> dict[str, Any]:
+        """Return what a resume needs of a growth under way; tensors may lie anywhere."""
+        return {
+            "values": self.values,
+            "gone": self.gone,
+            "quota": self.quota,
+            "begun": self._begun,
+            "updates": self.updates,
+            "numbers": self.numbers,
+            "first": self._first,
+            "stride": self._stride,
+            "history": torch.stack(self._history) if self._history else None,
+        }
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`growth_state` returned; tensors lie where the model does."""
+        self.values, self.gone, self.quota = state["values"], state["gone"], state["quota"]
+        self.left = self.quota - self.slices.counts(self.gone)
+        self._begun, self.updates, self.numbers = state["begun"], state["updates"], dict(state["numbers"])
+        self._first, self._stride = state["first"], state["stride"]
+        self._history = [] if state["history"] is None else list(state["history"])
+
+    def _take_up(self, saved: dict[str, Any]) -> None:
+        if saved["values"].numel() != self.slices.count:
+            raise CheckpointError(
+                f"{type(self).__name__}: the checkpoint is of a model with {saved['values'].numel():,} units, this one has "
+                f"{self.slices.count:,}. Resume with the model and the callbacks that wrote it."
+            )
+        device = self.slices.cell.device
+        self.take_up({k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()})
+        self._seen = self.steps
+        self._hold_gone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs; of a growth under way its values, and what is gone."""
+        growing = not self._done and self._task is not None and hasattr(self, "values")
+        if not growing:
+            return super().state_dict() | {"growth": None}
+        self._decide_gone(self._task.model)  # type: ignore[union-attr]
+        own = {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in self.growth_state().items()}
+        return super().state_dict() | {"growth": own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint.
+
+        Raises:
+            CheckpointError: If this callback was configured otherwise when the checkpoint was written.
+        """
+        super().load_state_dict(state)
+        self._saved = state["growth"]
+
+    def release(self) -> None:
+        """Let go of the model."""
+        super().release()
+        self.__dict__.pop("slices", None)
+
+
+_FACTS = ("kept_size", "leaving_size", "value_median", "value_90", "value_max", "units_gone")
+
+
+def _written(structure: Structure, group: Group, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """Return what the units of a group read in the weights that write them, side by side, ``[units, features]``, float64."""
+    found = []
+    for slot in (structure.slots[index] for index in group.slots):
+        weight = parameters.get(slot.tensor)
+        if slot.zeroed and slot.units.ndim == 1 and weight is not None and weight.ndim >= 2:
+            rows = [np.flatnonzero(slot.units == unit) for unit in group.units]
+            flat = weight.detach().double().movedim(slot.axis, 0).flatten(1)
+            found.append(torch.stack([flat[torch.from_numpy(own)].flatten() for own in rows]))
+    return torch.cat(found, 1)
+
+
+def _check_ratios(method: str, ratios: object, sparsity: object) -> None:
+    if isinstance(ratios, Mapping):
+        wrong = {k: v for k, v in ratios.items() if not _is_positive(v)}
+        if wrong or not ratios:
+            raise OptionError(
+                f"{method}(ratios={ratios!r}): give numbers above 0 by name or glob of a group, at least one."
+            )
+    elif ratios not in ("uniform", "pca"):
+        raise OptionError(f"{method}(ratios={ratios!r}): give 'uniform', 'pca' or numbers by name of a group.")
+    if isinstance(sparsity, Mapping) and ratios != "uniform":
+        raise OptionError(
+            f"{method}(ratios={ratios!r}): sparsity by group says itself what each group gives; drop one of them."
+        )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -1,0 +1,169 @@
+"""Units as tensors see them: where they are written, how large that is, and how they rank among their like."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_prune.structure.groups import Slot, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitSlice:
+    """The slices of a parameter that write units.
+
+    Attributes:
+        parameter: The parameter.
+        axis: The axis along which units lie.
+        unit: Unit of every slice, ``[size]``, the number of all units for slices that never leave.
+        here: Units with slices here, ``[n]``.
+        places: Their slices, ``[n, width]``, ``size`` where a unit has fewer than others.
+        share: What a slice counts in the score of its unit, ``[n]``.
+    """
+
+    parameter: Tensor
+    axis: int
+    unit: Tensor
+    here: Tensor
+    places: Tensor
+    share: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor, slot: Slot, times: NDArray[np.int64]) -> Self:
+        """Describe a slot.
+
+        Args:
+            parameter: The parameter that the slot is of.
+            slot: Where units lie on it.
+            times: In how many weights every unit is written, ``[units]``.
+        """
+        count, device = len(times), parameter.device
+        unit = np.where(slot.units < 0, count, slot.units)
+        here, widths = np.unique(unit[unit < count], return_counts=True)
+        order = np.argsort(unit, kind="stable")[: widths.sum()]
+        places = np.full((here.size, widths.max()), unit.size)
+        places[np.arange(widths.max()) < widths[:, None]] = order
+        share = 1.0 / (widths * np.maximum(times[here], 1))
+        tensors = (torch.from_numpy(array).to(device) for array in (unit, here, places, share.astype(np.float32)))
+        return cls(parameter, slot.axis, *tensors)
+
+    def along(self, values: Tensor) -> Tensor:
+        """Shape values of units, ``[units + 1]``, the last for slices that never leave, so that they broadcast over the parameter."""
+        shape = [-1 if axis == self.axis else 1 for axis in range(self.parameter.ndim)]
+        return values[self.unit].to(self.parameter.dtype).view(shape)
+
+    def sizes(self, dtype: torch.dtype) -> Tensor:
+        """Return the share of this weight in the scores of the units that it writes, ``[n]``: the mean absolute value of a slice."""
+        weight = self.parameter.detach()
+        others = [axis for axis in range(weight.ndim) if axis != self.axis]
+        means = torch.linalg.vector_norm(weight, 1, others, dtype=dtype) * (weight.shape[self.axis] / weight.numel())
+        return nn.functional.pad(means, (0, 1))[self.places].sum(1) * self.share
+
+
+class UnitSlices:
+    """The units of a model by the tensors that write them, and the cells that they compete in.
+
+    A *cell* is units of one group, and of one block of every count tie: however many leave each cell, the tensors stay rectangular
+    if only these numbers are kept. Everything works on whole tensors; nothing loops over units or waits for a device.
+
+    Args:
+        model: The model.
+        structure: Its units.
+
+    Attributes:
+        count: Number of units.
+        cell: Cell of every unit, ``[units]``.
+        size: Units of every cell, ``[cells]``.
+        weights: The slices of weights, those of two axes or more.
+        others: The slices of biases, and of scales and shifts of normalization.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        slots = [slot for own in structure.by_tensor.values() for slot in own if slot.zeroed and slot.units.ndim == 1]
+        times = np.zeros(structure.count, np.int64)
+        for slot in slots:
+            if tensors[slot.tensor].ndim >= 2:
+                times[np.unique(slot.units[slot.units >= 0])] += 1
+        found = [(p, UnitSlice.of(p, s, times)) for s in slots for p in [tensors[s.tensor]]]
+        self.count = structure.count
+        self.weights = [own for p, own in found if isinstance(p, nn.Parameter) and p.ndim >= 2]
+        self.others = [own for p, own in found if isinstance(p, nn.Parameter) and p.ndim < 2]
+        self._held = [(tensors[slot.tensor], slot) for slot in slots]
+        kinds = [own.parameter.dtype for own in self.weights]
+        self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
+        device = next((own.parameter.device for own in self.weights), torch.device("cpu"))
+        cell = cells_of(structure)
+        self.cell = torch.from_numpy(cell).to(device)
+        self.size = torch.from_numpy(np.bincount(cell)).to(device)
+        first = self.size.cumsum(0) - self.size
+        self._place = torch.arange(self.count, device=device) - first[self.cell.sort().values]
+
+    def scores(self) -> Tensor:
+        """Return the mean over the weights that write a unit of the mean absolute value there, ``[units]``."""
+        total = torch.zeros(self.count, dtype=self.dtype, device=self.cell.device)
+        for own in self.weights:
+            total.index_add_(0, own.here, own.sizes(self.dtype))  # no unit stands twice in ``here``: nothing to reorder
+        return total
+
+    def ranks(self, *keys: Tensor) -> Tensor:
+        """Return the place of every unit among those of its cell, ``[units]``, from 0.
+
+        Args:
+            keys: ``[units]``, ascending; a later one decides between equals, and at last the number of the unit.
+        """
+        order = torch.arange(self.count, device=self.cell.device)
+        for key in (*reversed(keys), self.cell):
+            order = order[key[order].argsort(stable=True)]
+        return torch.empty_like(order).scatter_(0, order, self._place)
+
+    def counts(self, flags: Tensor) -> Tensor:
+        """Return how many units of every cell are flagged, ``[cells]``."""
+        return torch.zeros_like(self.size).index_add_(0, self.cell, flags.to(self.size.dtype))
+
+    def masks(self, gone: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the tensors that write units which are gone, each with a mask that is False there, on the CPU."""
+        stays = np.append(~gone.cpu().numpy(), True)
+        found = ((tensor, slot, torch.from_numpy(stays[slot.units])) for tensor, slot in self._held)
+        return [(tensor, slot.along(mask, tensor.ndim)) for tensor, slot, mask in found if not bool(mask.all())]
+
+
+def cells_of(structure: Structure) -> NDArray[np.int64]:
+    """Return the cell of every unit, ``[units]``: its group, and its block in every count tie."""
+    keys = np.zeros((structure.count, 1 + len(structure.ties)), np.int64)
+    for number, group in enumerate(structure.groups):
+        keys[group.units, 0] = number
+    for column, tie in enumerate(structure.ties, 1):
+        for number, block in enumerate(tie, 1):
+            keys[block[block >= 0], column] = number
+    found: NDArray[np.int64] = np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
+    return found
+
+
+def even(structure: Structure, leaving: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which of some units may leave when equally many of tied blocks must, ``[units]``, boolean."""
+    leaving, before = leaving.copy(), -1
+    while before != (before := int(leaving.sum())):
+        for tie in structure.ties:
+            blocks = [block[block >= 0] for block in tie]
+            least = min(int(leaving[block].sum()) for block in blocks)
+            for block in blocks:
+                leaving[block[leaving[block]][least:]] = False
+    return leaving
+
+
+def frozen_units(structure: Structure, parameters: Mapping[str, nn.Parameter]) -> NDArray[np.int64]:
+    """Return the units that no weight writes, or one that does not train: no penalty would shrink them."""
+    written, frozen = np.zeros(structure.count, bool), np.zeros(structure.count, bool)
+    for name, slots in structure.by_tensor.items():
+        for slot in slots:
+            if slot.zeroed and name in parameters and parameters[name].ndim >= 2:
+                written[slot.units[slot.units >= 0]] = True
+                if not parameters[name].requires_grad:
+                    frozen[slot.units[slot.units >= 0]] = True
+    found: NDArray[np.int64] = np.flatnonzero(frozen | ~written)
+    return found
