@@ -14,7 +14,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_prune.callback.course import Course, rates_to_come
@@ -26,6 +28,7 @@ from lightning_prune.structure.select import Pattern
 
 log = logging.getLogger(__name__)
 
+ENOUGH = math.log(100)  # exponent by which weights should shrink before they are pruned
 STEADY = 0.2  # of what a penalty takes from a weight in a step, momentum included, at most so much is sure not to disturb training
 
 
@@ -35,7 +38,7 @@ class Pace:
 
     Attributes:
         optimizer: Name of the optimizer, for messages.
-        rate: The largest planned learning rate.
+        rates: Planned learning rates of the steps that count, ``[steps]``; that of the first step where there is no plan.
         decay: Weight decay that acts beside the penalty.
         momentum: Momentum that takes the penalty up; 0 where it is decoupled.
         nesterov: Whether that is Nesterov's.
@@ -43,11 +46,16 @@ class Pace:
     """
 
     optimizer: str
-    rate: float
+    rates: NDArray[np.float64]
     decay: float
     momentum: float
     nesterov: bool
     coupled: bool
+
+    @property
+    def rate(self) -> float:
+        """The largest learning rate."""
+        return float(self.rates.max())
 
     @property
     def limit(self) -> float:
@@ -65,6 +73,13 @@ class Pace:
     def steady(self) -> float:
         """The penalty that takes :data:`STEADY` of a weight in a step."""
         return STEADY * (1 - self.momentum) / self.rate if self.rate else math.inf
+
+    def shrinkage(self, penalties: NDArray[np.floating[Any]]) -> float:
+        """Return by which exponent the penalties of the first steps, ``[steps]``, shrink a weight that has no other gradient.
+
+        To first order in ``lr lambda``: the sum of ``lr lambda / (1 - mu)``.
+        """
+        return float((self.rates[: len(penalties)] * penalties).sum() / (1 - self.momentum))
 
 
 def penalize_(weight: Tensor, penalty: Tensor) -> None:
@@ -193,12 +208,11 @@ class Penalty(Growth):
         own = [i for i, group in enumerate(optimizer.param_groups) if weights & set(group["params"])]
         if not own:
             return []
-        rates = {i: float(optimizer.param_groups[i]["lr"]) for i in own}
+        rates: list[list[float]] = []
         course = Course.of(trainer)
         try:
             for epoch, groups in rates_to_come(trainer, module, optimizer, course) if course is not None else ():
-                if epoch >= self.start_epoch:
-                    rates = {i: max(rate, float(groups[i]["lr"])) for i, rate in rates.items()}
+                rates += [[float(groups[i]["lr"]) for i in own]] if epoch >= self.start_epoch else []
         except FOREIGN as error:
             log.warning(
                 "%s: learning rates cannot be foretold, a scheduler cannot be run ahead (%s: %s); those of the first step are taken.",
@@ -206,13 +220,27 @@ class Penalty(Growth):
                 type(error).__name__,
                 error,
             )
+            rates = []
+        groups = [optimizer.param_groups[i] for i in own]
+        planned = np.array(rates or [[float(group["lr"]) for group in groups]])
         coupled, name = isinstance(optimizer, torch.optim.SGD), type(optimizer).__name__
         found = []
-        for i, rate in rates.items():
-            group = optimizer.param_groups[i]
+        for column, group in zip(planned.T, groups, strict=True):
             momentum = (float(group["momentum"]), bool(group["nesterov"])) if coupled else (0.0, False)
-            found.append(Pace(name, rate, float(group.get("weight_decay", 0.0)), *momentum, coupled))
+            found.append(Pace(name, column, float(group.get("weight_decay", 0.0)), *momentum, coupled))
         return found
+
+    def _forecast(self, penalties: NDArray[np.floating[Any]]) -> None:
+        """Warn if the penalties of the steps until a unit is pruned, ``[steps]``, do not bring it to zero."""
+        shrinkage = min(pace.shrinkage(penalties) for pace in self.paces)
+        if shrinkage < ENOUGH:
+            log.warning(
+                "%s: penalties alone shrink weights to %.2g of what they are until they are pruned, so that pruning may cost accuracy; "
+                "%.2g or less is safe. Train longer, or with a learning rate that falls later.",
+                type(self).__name__,
+                math.exp(-shrinkage),
+                math.exp(-ENOUGH),
+            )
 
     @torch.no_grad()
     def on_gradients(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -22,6 +22,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -195,6 +196,7 @@ class IncReg(Penalty):
         needed = updates_needed(*cells, ceiling / strength, *how)
         self._needs(steps, needed)
         self.numbers |= {"strength": strength, "last": math.inf if steps is None else max(needed, int(LAST * steps))}
+        self._forecast(np.arange(1, min(needed, math.ceil(ceiling / strength)) + 1.0) * strength)  # of the lowest rank
         log.info(
             "IncReg: penalties grow by up to %.3g per step to %.3g; all is pruned after %d steps at the earliest, of %s.",
             strength,
