@@ -29,9 +29,9 @@ class Course:
 
     @classmethod
     def of(cls, trainer: Any) -> Self | None:
-        """Return the course that a Trainer plans, None where its fit has no end."""
-        total = trainer.estimated_stepping_batches
-        if not math.isfinite(total):
+        """Return the course that a Trainer plans, None where its fit has no end, or its data no known length."""
+        total = trainer.estimated_stepping_batches  # -1 where the length is not known and max_steps is not set
+        if not math.isfinite(total) or total < 0:
             return None
         steps = int(total) - trainer.global_step
         return cls(steps, trainer.num_training_batches, trainer.accumulate_grad_batches, trainer.current_epoch)

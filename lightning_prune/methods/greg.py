@@ -139,11 +139,11 @@ class GReg(Penalty):
         super().prepare(trainer, module, steps)
         if steps is None and (self.strength is None or self.settle_steps is None):
             raise TrainerError(
-                "GReg: the fit has no planned end from which strength and settle_steps could be derived. Give max_epochs or max_steps, "
-                "or both numbers."
+                "GReg: the fit has no planned number of steps from which strength and settle_steps could be derived. Give max_steps, or both."
             )
-        ceiling = self.numbers["ceiling"]
-        planned = int(GROWING * (steps or 0)) // self.every_n_steps  # times that a penalty gains
+        ceiling, half = self.numbers["ceiling"], max(1, int(GROWING * (steps or 0)))
+        every = self.every_n_steps if self.strength else min(self.every_n_steps, half)
+        planned = half // every  # times that a penalty gains
         picked = (self.pick_ceiling or ceiling / 100) if self.order == 2 else 0.0
         if picked >= ceiling:
             raise OptionError(
@@ -154,17 +154,17 @@ class GReg(Penalty):
         strength = self.strength or (ceiling - picked) / max(1, planned - picking)
         settle = self.settle_steps if self.settle_steps is not None else int(SETTLING * (steps or 0))
         times = math.ceil(picked / pick_strength - 1e-6) if picked else 0
-        growing = self.every_n_steps * (times + math.ceil((ceiling - picked) / strength - 1e-6))
+        growing = every * (times + math.ceil((ceiling - picked) / strength - 1e-6))
         self._needs(steps, growing + settle)
         decays = [pace.decay for pace in self.paces] if self.order == 2 else [0.0]
-        self.numbers |= {"strength": strength, "settle": settle, "needed": growing + settle, "regrow": min(decays)}
+        self.numbers |= {"strength": strength, "settle": settle, "needed": growing + settle, "every": every, "regrow": min(decays)}
         self.numbers |= {"pick_strength": pick_strength, "pick_ceiling": picked}
-        gains = np.minimum(strength * (np.arange(1, growing + 1) // self.every_n_steps), ceiling)
+        gains = np.minimum(strength * (np.arange(1, growing + 1) // every), ceiling)
         self._forecast(np.concatenate([gains, np.full(settle, ceiling)]))
         log.info(
             "GReg: the penalty gains %.3g every %d steps up to %.3g; channels are pruned after %d of %s steps.",
             strength,
-            self.every_n_steps,
+            every,
             ceiling,
             growing + settle,
             steps,
@@ -191,7 +191,7 @@ class GReg(Penalty):
 
     def grow(self) -> None:
         """Let the penalty gain, choose when it is time, and prune when all has settled."""
-        if self._penalty < self.numbers["ceiling"] and self.updates % self.every_n_steps == 0:
+        if self._penalty < self.numbers["ceiling"] and self.updates % self.numbers["every"] == 0:
             self._gain()
         if self._full is not None and self.updates == self._full + self.numbers["settle"] and self.chosen is not None:
             self.check_finite(self.slices.scores())

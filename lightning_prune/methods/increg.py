@@ -188,7 +188,7 @@ class IncReg(Penalty):
         super().prepare(trainer, module, steps)
         if self.strength is None and steps is None:
             raise TrainerError(
-                "IncReg: the fit has no planned end from which strength could be derived. Give max_epochs or max_steps, or strength."
+                "IncReg: the fit has no planned number of steps from which strength could be derived. Give max_steps, or strength."
             )
         ceiling, cells, how = self.numbers["ceiling"], (self.slices.size, self.quota), (self.shape, self.delta_clip)
         growing = max(1, int(GROWING * (steps or 0)))
