@@ -248,23 +248,31 @@ class Growth(Masking):
         """Return 0: nothing is masked by epochs."""
         return 0.0
 
+    def begin(self, task: Task) -> None:
+        """Find the units and see that the target can be met; on resume, take up what has grown.
+
+        Raises:
+            CheckpointError: If the checkpoint was written for other units.
+        """
+        super().begin(task)
+        self.slices = UnitSlices(task.model, self._found)
+        if self._saved is not None:
+            self._take_up(self._saved)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fix how many units of every cell will leave, and derive the numbers of the fit; or take up those of a checkpoint.
+        """Fix how many units of every cell will leave, and derive the numbers of the fit, unless a checkpoint had them.
 
         Raises:
             BudgetError: If the budget cannot be met.
             OptionError: If the options do not fit the planned steps.
             TrainerError: If the Trainer plans too few.
-            CheckpointError: If the checkpoint was written for other units.
         """
         if self._done or self._task is None:
             return
-        self.slices = UnitSlices(pl_module, self._found)
-        device = self.slices.cell.device
+        self.slices = UnitSlices(pl_module, self._found)  # the precision of the Trainer may be another
         if self._saved is not None:
-            self._take_up(self._saved)
             return
-        count = self.slices.count
+        count, device = self.slices.count, self.slices.cell.device
         self.values = torch.zeros(count, dtype=self.slices.dtype, device=device)
         self.gone = torch.zeros(count, dtype=torch.bool, device=device)
         leaving = torch.from_numpy(self.removal.leaving(self._task, self._found)).to(device)  # type: ignore[attr-defined]
@@ -296,32 +304,32 @@ class Growth(Masking):
             self._begun, self._first = True, self.slices.scores()
             self.start()
 
+    @torch.no_grad()
     def on_stepped(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Hold what is pruned at zero; after the step of the first optimizer let values grow."""
-        super().on_stepped(trainer, module, optimizer)
-        if self._begun and self._acts(trainer) and self.steps != self._seen:
+        """Let values grow after the step of the first optimizer; hold what is pruned, and what the optimizer keeps for it, at zero."""
+        counts = self._begun and self._acts(trainer) and self.steps != self._seen
+        if counts:
             self._seen, self.updates = self.steps, self.updates + 1
-            with torch.no_grad():
-                self.grow()
-                if self.updates % self._stride == 0:
-                    self._history.append(self._point())
+            self.grow()
+        super().on_stepped(trainer, module, optimizer)
+        if counts and self.updates % self._stride == 0:
+            self._history.append(self._point())
 
     def _hold_gone(self) -> None:
         self._masks = Masks.of(self.slices.masks(self.gone))
         self._masks.apply_()
 
-    def _gone_for_good(self) -> NDArray[np.bool_]:
+    def settled(self) -> Tensor:
         """Return the units that leave if the fit ends now, ``[units]``, boolean."""
-        return even(self._found, self.gone.cpu().numpy())
+        return self.gone
 
-    def _decide_gone(self, module: nn.Module) -> None:
-        """Write what leaves if the fit ends now as the steps that the base takes then."""
-        if hasattr(self, "gone") and self._found is not None:
-            self._pending = Plan(removal_steps(module, self._found, ~self._gone_for_good()))
+    def _plan_for(self, module: nn.Module, units: Tensor) -> Plan:
+        """Return the steps that remove some units, fewer where equally many of several blocks must leave."""
+        return Plan(removal_steps(module, self._found, ~even(self._found, units.cpu().numpy())))
 
     def _close(self, trainer: Any, pl_module: Any) -> None:
         if self._begun:
-            self._decide_gone(pl_module)
+            self._pending = self._plan_for(pl_module, self.settled())
             if not self._pending:
                 log.warning(
                     "%s: the fit ended after %d steps, before any unit was done; nothing was compressed, the model is as dense as before.",
@@ -357,7 +365,7 @@ class Growth(Masking):
         """Return quantiles of what has grown, the share of units at zero, and what is left of kept and of leaving units."""
         if not self._begun:
             return {}
-        self._decide_gone(module)
+        self._pending = self._plan_for(module, self.gone)
         told = dict(zip(_FACTS, self._point().tolist(), strict=True))
         return super().facts(module) | {f"growth/{name}": value for name, value in told.items()}
 
@@ -404,10 +412,9 @@ class Growth(Masking):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs; of a growth under way its values, and what is gone."""
-        growing = not self._done and self._task is not None and hasattr(self, "values")
-        if not growing:
+        if self._done or self._task is None or not hasattr(self, "values"):
             return super().state_dict() | {"growth": None}
-        self._decide_gone(self._task.model)  # type: ignore[union-attr]
+        self._pending = self._plan_for(self._task.model, self.gone)
         own = {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in self.growth_state().items()}
         return super().state_dict() | {"growth": own}
 

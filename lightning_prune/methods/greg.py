@@ -19,13 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_prune.callback.checks import check_choice, check_integer
 from lightning_prune.callback.growth import Ratios
 from lightning_prune.callback.penalty import Penalty, check_positive
-from lightning_prune.callback.unit_slices import even
 from lightning_prune.errors import OptionError, TrainerError
 from lightning_prune.structure.select import Pattern
 
@@ -157,7 +155,13 @@ class GReg(Penalty):
         growing = every * (times + math.ceil((ceiling - picked) / strength - 1e-6))
         self._needs(steps, growing + settle)
         decays = [pace.decay for pace in self.paces] if self.order == 2 else [0.0]
-        self.numbers |= {"strength": strength, "settle": settle, "needed": growing + settle, "every": every, "regrow": min(decays)}
+        self.numbers |= {
+            "strength": strength,
+            "settle": settle,
+            "needed": growing + settle,
+            "every": every,
+            "regrow": min(decays),
+        }
         self.numbers |= {"pick_strength": pick_strength, "pick_ceiling": picked}
         gains = np.minimum(strength * (np.arange(1, growing + 1) // every), ceiling)
         self._forecast(np.concatenate([gains, np.full(settle, ceiling)]))
@@ -212,9 +216,9 @@ class GReg(Penalty):
         """Return what was chosen, ``[units]``, boolean; before, what would be."""
         return super().likely() if self.chosen is None else self.chosen
 
-    def _gone_for_good(self) -> NDArray[Any]:
-        """Return what was chosen: that is what leaves, however far the penalty has come."""
-        return even(self._found, (self.gone if self.chosen is None else self.chosen).cpu().numpy())
+    def settled(self) -> Tensor:
+        """Return what was chosen, ``[units]``, boolean: that is what leaves, however far the penalty has come."""
+        return self.gone if self.chosen is None else self.chosen
 
     def progress(self) -> float:
         """Return how far growth has come."""

@@ -60,6 +60,7 @@ def punishment(
     Returns:
         Of the shape of ``rank``.
     """
+    left, live = left.to(rank.dtype), live.to(rank.dtype)
     n = left.clamp(min=1)
     if shape == "linear":
         change = torch.where(rank <= n, 1 - rank / n, (n - rank) / (live - 1 - n).clamp(min=1))

@@ -234,7 +234,7 @@ def test_the_limit_is_where_the_recursion_of_sgd_stops_to_contract(momentum, nes
 
 
 def test_the_exponent_by_which_a_weight_shrinks_is_foretold():
-    rates, penalties = np.linspace(0.02, 0.01, 300), np.linspace(0, 0.5, 300)
+    rates, penalties = np.linspace(0.02, 0.01, 300), np.linspace(0, 0.1, 300)
     for momentum in (0.0, 0.9):
         weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
         optimizer = torch.optim.SGD([weight], 0.1, momentum)
@@ -344,7 +344,7 @@ def test_by_pca_every_group_keeps_the_same_share_of_its_energy():
     model = LitNet(norm=False)
     with torch.no_grad():  # of low rank: most of its channels cost no energy
         model.net[3].weight.copy_((torch.randn(24, 4) @ torch.randn(4, 144)).view(24, 16, 3, 3) * 0.1)
-    method = GReg(align=1, flops=0.5, ratios="pca")
+    method = GReg(align=1, flops=0.15, ratios="pca")
     _, plan = end(method, model)
     kept = {
         step.module: step.tensors["weight"].after[0]
@@ -435,7 +435,7 @@ def test_a_fit_that_ends_early_shrinks_by_what_is_gone_and_warns_with_both_figur
     method = IncReg(flops=0.5, align=1)
     stop = EarlyStopping("val_loss", patience=6, min_delta=100.0)
     with caplog.at_level(logging.WARNING, "lightning_prune"):
-        model, watch = fit(method, tmp_path, callbacks=[stop], max_epochs=20)
+        model, _ = fit(method, tmp_path, callbacks=[stop], max_epochs=20)
     gone, left = int(method.gone.sum()), int(method.left.sum())
     assert gone > 0 < left
     assert sum(model.net[layer].weight.shape[0] for layer in LAYERS) == 72 - gone
@@ -448,7 +448,7 @@ def test_a_fit_that_ends_early_shrinks_by_what_is_gone_and_warns_with_both_figur
 def test_greg_removes_what_it_chose_even_if_the_fit_ends_before_that_is_zero(tmp_path, caplog):
     method = GReg(flops=0.5, align=1)
     with caplog.at_level(logging.WARNING, "lightning_prune"):
-        model, watch = fit(
+        model, _ = fit(
             method, tmp_path, callbacks=[EarlyStopping("val_loss", patience=1, min_delta=100.0)], max_epochs=20
         )
     assert not method.gone.any()
@@ -495,16 +495,13 @@ def test_a_checkpoint_of_other_units_is_refused(tmp_path):
         def on_train_epoch_end(self, trainer, module):
             trainer.save_checkpoint(tmp_path / "some.ckpt")
 
-    class Wider(LitNet):
-        pass
-
     fit(IncReg(flops=0.5, align=1), tmp_path, callbacks=[Save()], max_epochs=2)
     stored = torch.load(tmp_path / "some.ckpt", weights_only=True)
     for state in stored["callbacks"].values():
         state["growth"]["values"] = torch.zeros(70)
     torch.save(stored, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="a model with 70 units, this one has 72"):
-        trainer(tmp_path, callbacks=[IncReg(flops=0.5, align=1)]).fit(
+        trainer(tmp_path, callbacks=[IncReg(flops=0.5, align=1)], max_epochs=3).fit(
             LitNet(), loader(), ckpt_path=tmp_path / "other.ckpt"
         )
 
@@ -601,11 +598,11 @@ def test_data_of_unknown_length_needs_a_number_of_steps(kind, tmp_path):
 
 def test_frozen_layers_keep_their_channels_and_explain_why(tmp_path):
     model = LitNet()
-    model.net[3].requires_grad_(False)
+    model.net[0].requires_grad_(False)
     method = GReg(sparsity=0.5, align=1)
     fit(method, tmp_path, model, max_epochs=1)
-    assert [model.net[layer].weight.shape[0] for layer in LAYERS] == [8, 24, 16]
-    assert "no weight that trains writes it" in method.plan.left_alone["net.3"]
+    assert [model.net[layer].weight.shape[0] for layer in LAYERS] == [16, 12, 16]
+    assert "no weight that trains writes it" in method.plan.left_alone["net.0"]
 
 
 @pytest.mark.parametrize("kind", [IncReg, GReg])
@@ -615,7 +612,7 @@ def test_no_candidates_and_bounds_that_bind_are_errors_before_training(kind):
         rehearse(model, [kind(sparsity=0.5, include="net.10")])
     with pytest.raises(BudgetError, match="at most"):
         rehearse(model, [kind(flops=1000)])
-    with pytest.raises(OptionError, match="'net.99' matches no group"):
+    with pytest.raises(OptionError, match=r"'net\.99' matches no group"):
         rehearse(model, [kind(flops=0.5, ratios={"net.99": 1.0})])
 
 
