@@ -138,6 +138,9 @@ class IncReg(Penalty):
         start_epoch: First epoch in which penalties grow.
         recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards; 0 leaves them.
 
+    Attributes:
+        ranks: The sum over all updates of the rank of every unit, ``[units]``; averages, times the number of updates.
+
     Raises:
         OptionError: If an argument is of the wrong type or out of range.
     """
@@ -207,8 +210,8 @@ class IncReg(Penalty):
         )
 
     def start(self) -> None:
-        """Start the running means."""
-        self.averages = torch.zeros_like(self.values)
+        """Start the averages."""
+        self.ranks = torch.zeros_like(self.slices.cell)
         self._next = 0.0  # the update in which a penalty can be at the ceiling
 
     def grow(self) -> None:
@@ -217,9 +220,8 @@ class IncReg(Penalty):
             return
         slices, strength, ceiling = self.slices, self.numbers["strength"], self.numbers["ceiling"]
         scores = slices.scores()
-        ranks = slices.ranks(scores.masked_fill(self.gone, -1.0)).to(scores.dtype)
-        self.averages += (ranks - self.averages) / self.updates
-        place = slices.ranks(self.gone.to(torch.uint8), self.averages).to(scores.dtype)
+        self.ranks += slices.ranks(scores.masked_fill(self.gone, -1.0))  # whole numbers: equal averages are equal
+        place = slices.ranks(self.gone.to(torch.uint8), self.ranks).to(scores.dtype)
         left, live = (counts[slices.cell] for counts in (self.left, slices.size - self.quota + self.left))
         change = punishment(place, left, live, strength, self.shape, self.delta_clip)
         self.values = torch.where(self.gone, self.values, (self.values + change).clamp(min=0))
@@ -228,7 +230,7 @@ class IncReg(Penalty):
         self.check_finite(scores)
         done = ~self.gone & (self.values >= ceiling)
         if self.updates >= self.numbers["last"] and bool(self.left.any()):
-            done |= self.lowest(-self.values, self.averages)
+            done |= self.lowest(-self.values, self.ranks)
         if bool(done.any()):
             self.drop(done)
         if not bool(self.left.any()):
@@ -239,15 +241,15 @@ class IncReg(Penalty):
 
     def likely(self) -> Tensor:
         """Return which channels will leave if their averaged ranks stay as they are, ``[units]``, boolean."""
-        return self.gone | self.lowest(self.averages)
+        return self.gone | self.lowest(self.ranks)
 
     def growth_state(self) -> dict[str, Any]:
-        """Return what a resume needs: also the averaged ranks."""
-        own = {"averages": self.averages, "next": self._next} if self._begun else {}
+        """Return what a resume needs: also the sums of ranks."""
+        own = {"ranks": self.ranks, "next": self._next} if self._begun else {}
         return super().growth_state() | own
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`growth_state` returned."""
         super().take_up(state)
         if self._begun:
-            self.averages, self._next = state["averages"], state["next"]
+            self.ranks, self._next = state["ranks"], state["next"]
