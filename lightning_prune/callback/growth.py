@@ -25,6 +25,7 @@ from lightning_prune.callback.masking import Masking
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.unit_slices import UnitSlices, even, frozen_units
 from lightning_prune.errors import CheckpointError, ModelError, OptionError, TrainerError
+from lightning_prune.measure.picture import draw_growth
 from lightning_prune.structure.groups import Group, Structure
 from lightning_prune.structure.masks import Masks
 from lightning_prune.structure.plan import Plan
@@ -119,6 +120,7 @@ class Growth(Masking):
         recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards; 0 leaves them.
 
     Attributes:
+        grown: What grows, in a word for pictures.
         slices: The units as tensors see them, during a fit.
         values: What has grown against every unit, ``[units]``; a penalty or a probability.
         gone: Units that have been pruned, ``[units]``, boolean.
@@ -131,6 +133,7 @@ class Growth(Masking):
         OptionError: If an argument is of the wrong type or out of range.
     """
 
+    grown = "penalty"
     slices: UnitSlices
     values: Tensor
     gone: Tensor
@@ -374,6 +377,15 @@ class Growth(Masking):
         rows = torch.stack(self._history).double().cpu().numpy() if self._history else np.empty((0, len(_FACTS)))
         steps = self._stride * np.arange(1, len(rows) + 1)
         return np.column_stack([steps, rows])
+
+    def picture(self) -> bytes | None:
+        """Return a picture of the history as PNG; None before there is one.
+
+        Raises:
+            RuntimeMissingError: If matplotlib is not installed.
+        """
+        history = self.history()
+        return draw_growth(history, self.grown, f"{type(self).__name__}: {self._asked()}") if len(history) else None
 
     # State ----------------------------------------------------------------------------------------------------------------------
 

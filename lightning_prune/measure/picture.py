@@ -4,6 +4,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_prune.errors import RuntimeMissingError
 
@@ -57,6 +58,39 @@ def draw_map(found: "Sensitivity") -> bytes:
     axes.set_xlabel(f"{found.units} removed, %")
     axes.set_title(_clear(found.title, 200), fontsize=8, loc="left", wrap=True)
     figure.colorbar(image, label=f"change of the {found.measure}")
+    return _png(figure)
+
+
+def draw_growth(history: NDArray[np.float64], what: str, title: str) -> bytes:
+    """Draw what training made of the units that leave and of those that stay, and what grew against them, over the optimizer's steps.
+
+    Args:
+        history: ``[points, 7]``: step; size of kept and of leaving units as a share of what it was; median, 90th percentile and largest of what grew,
+            over the units not yet pruned; share of all units that are pruned.
+        what: What grew.
+        title: Of the picture.
+
+    Raises:
+        RuntimeMissingError: If matplotlib is not installed.
+    """
+    figure = _figure(6.4, 5.2)
+    sizes, grown = figure.subplots(2, 1, sharex=True)
+    steps, kept, leaving, *quantiles, gone = history.T
+    seen = leaving > 0  # zero has no place on a logarithmic axis
+    sizes.semilogy(steps, kept, color=_LINE, label="kept")
+    sizes.semilogy(steps[seen], leaving[seen], color=_BOUND, label="leaving")
+    sizes.set_ylabel("mean size, 1 before")
+    for values, style, label in zip(quantiles, (":", "--", "-"), ("median", "90 %", "largest"), strict=True):
+        grown.plot(steps, values, color=_INK, linewidth=1, linestyle=style, label=label)
+    grown.set_ylabel(what)
+    grown.set_xlabel("optimizer steps")
+    share = grown.twinx()
+    share.plot(steps, 100 * gone, color=_BOUND)
+    share.set_ylabel("units at zero, %", color=_BOUND)
+    share.set_ylim(0)
+    for axes in (sizes, grown):
+        axes.legend(fontsize=8)
+    sizes.set_title(_clear(title, 200), fontsize=8, loc="left")
     return _png(figure)
 
 

@@ -533,6 +533,8 @@ def test_the_history_is_sampled_and_ends_with_leaving_units_at_zero(tmp_path):
     assert history[-1, 0] == 240
     assert history[-1, 2] == 0 < history[10, 2] < history[0, 2]
     assert (np.diff(history[:60, 3:6].max(1)) >= 0).all()  # the penalty only grows
+    assert method.picture().startswith(b"\x89PNG")
+    assert GReg(sparsity=0.5).picture() is None
 
 
 # Options and what is said before training ---------------------------------------------------------------------------------------
