@@ -264,9 +264,12 @@ class Compression(Callback):
         compact_(module, plan, task.calls)
         check_alike(trainer, module)
         if any(step.action != "mask" or step.once for step in plan.steps):
-            task.probe.recalibrate(self.recalibrate_bn, task.calls)
+            task.probe.recalibrate(self._batches_for_norms(), task.calls)
         self.plan, self._done = plan.settled(), True
         self._result = Task.of(module, task.probe, task.calls)
+
+    def _batches_for_norms(self) -> int:
+        return self.recalibrate_bn
 
     def decided(self, task: Task, scores: Any) -> Plan:
         """Return the plan with its origin and stage.

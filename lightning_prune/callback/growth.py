@@ -35,6 +35,7 @@ from lightning_prune.structure.select import Pattern
 log = logging.getLogger(__name__)
 
 Ratios = Literal["uniform", "pca"] | dict[str, float]
+FOLLOWED = 50  # steps after which running statistics have followed a change: 0.9 to the power of 50 is 0.5 %
 POINTS = 200  # of the history, at most about so many
 
 _FROZEN = "no weight that trains writes it, so that nothing could shrink it"
@@ -117,7 +118,8 @@ class Growth(Masking):
         include: Layers whose channels may leave: names, globs or module types; None takes all.
         exclude: Layers whose channels stay, likewise.
         start_epoch: First epoch that counts.
-        recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards; 0 leaves them.
+        recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards, unless the model has trained for 50 steps or
+            more since all units that leave were at zero; 0 leaves them.
 
     Attributes:
         grown: What grows, in a word for pictures.
@@ -171,7 +173,7 @@ class Growth(Masking):
         for name in ("values", "gone", "quota", "left"):
             self.__dict__.pop(name, None)
         self.updates, self.numbers = 0, dict[str, float]()
-        self._begun, self._seen, self._stride = False, 0, 1
+        self._begun, self._seen, self._stride, self._dropped = False, 0, 1, 0
         self._saved: dict[str, Any] | None = None
         self._history: list[Tensor] = []
         self._first: Tensor | None = None
@@ -212,7 +214,7 @@ class Growth(Masking):
         Args:
             units: ``[units]``, boolean.
         """
-        self.gone = self.gone | units
+        self.gone, self._dropped = self.gone | units, self.updates
         self.left = self.quota - self.slices.counts(self.gone)
         self.values = self.values.masked_fill(~self.gone & (self.left == 0)[self.slices.cell], 0)
         self._hold_gone()
@@ -342,6 +344,10 @@ class Growth(Masking):
                 return
         super()._close(trainer, pl_module)
 
+    def _batches_for_norms(self) -> int:
+        """Return 0 if training has followed since all were at zero: then removal changes nothing, not even statistics."""
+        return 0 if self.progress() == 1 and self.updates >= self._dropped + FOLLOWED else self.recalibrate_bn
+
     def progress(self) -> float:
         """Return the share of the units that shall leave which are gone."""
         return float(self.gone.sum()) / max(1.0, float(self.quota.sum()))
@@ -399,6 +405,7 @@ class Growth(Masking):
             "updates": self.updates,
             "numbers": self.numbers,
             "first": self._first,
+            "dropped": self._dropped,
             "stride": self._stride,
             "history": torch.stack(self._history) if self._history else None,
         }
@@ -408,7 +415,7 @@ class Growth(Masking):
         self.values, self.gone, self.quota = state["values"], state["gone"], state["quota"]
         self.left = self.quota - self.slices.counts(self.gone)
         self._begun, self.updates, self.numbers = state["begun"], state["updates"], dict(state["numbers"])
-        self._first, self._stride = state["first"], state["stride"]
+        self._first, self._stride, self._dropped = state["first"], state["stride"], state["dropped"]
         self._history = [] if state["history"] is None else list(state["history"])
 
     def _take_up(self, saved: dict[str, Any]) -> None:

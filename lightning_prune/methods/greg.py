@@ -63,7 +63,8 @@ class GReg(Penalty):
         include: Layers whose channels may leave: names, globs or module types; None takes all.
         exclude: Layers whose channels stay, likewise.
         start_epoch: First epoch in which penalties grow.
-        recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards; 0 leaves them.
+        recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards, unless the model has trained for 50 steps or
+            more without the channels; 0 leaves them.
 
     Attributes:
         chosen: The channels that will leave, ``[units]``, boolean; None until they are chosen.

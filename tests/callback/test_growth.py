@@ -369,6 +369,21 @@ def end(method, model):
     return end_of(model, method, X)
 
 
+@pytest.mark.parametrize(("epochs", "still"), [(60, True), (10, False)])
+def test_statistics_stay_where_training_has_followed_and_are_estimated_anew_where_it_has_not(epochs, still, tmp_path):
+    class Before(Callback):
+        def on_train_end(self, trainer, module):
+            kept = ~method.gone[:16]
+            self.means = module.net[1].running_mean[kept].clone()
+            self.outputs = copy.deepcopy(module.net).eval()(loader().dataset.x)
+
+    method, before = GReg(sparsity=0.5, align=1), Before()
+    model, _ = fit(method, tmp_path, Plain(), callbacks=[before], max_epochs=epochs)
+    assert torch.equal(model.net[1].running_mean, before.means) == still
+    outputs = model.net.eval()(loader().dataset.x)
+    assert torch.allclose(outputs, before.outputs, rtol=1e-4, atol=1e-4) == still
+
+
 # What counts as a step ----------------------------------------------------------------------------------------------------------
 
 
