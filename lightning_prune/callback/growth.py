@@ -193,8 +193,8 @@ class Growth(Masking):
     def start(self) -> None:
         """Act before the first step that counts."""
 
-    def grow(self) -> None:
-        """Update ``values`` after an optimizer step, the ``updates``-th, and drop what is done."""
+    def grow(self) -> Tensor | None:
+        """Update ``values`` after an optimizer step, the ``updates``-th, and drop what is done; return the scores if it took them."""
         raise NotImplementedError
 
     def likely(self) -> Tensor:
@@ -315,10 +315,10 @@ class Growth(Masking):
         counts = self._begun and self._acts(trainer) and self.steps != self._seen
         if counts:
             self._seen, self.updates = self.steps, self.updates + 1
-            self.grow()
+            scores = self.grow()
         super().on_stepped(trainer, module, optimizer)
         if counts and self.updates % self._stride == 0:
-            self._history.append(self._point())
+            self._history.append(self._point(self.slices.scores() if scores is None else scores))
 
     def _hold_gone(self) -> None:
         self._masks = Masks.of(self.slices.masks(self.gone))
@@ -357,14 +357,14 @@ class Growth(Masking):
 
     # How far it has come --------------------------------------------------------------------------------------------------------
 
-    def _point(self) -> Tensor:
+    def _point(self, scores: Tensor) -> Tensor:
         """Return an entry of the history, ``[6]``, as :data:`_FACTS` names it.
 
         What is left of kept and of leaving units, as a share of their sizes before; of the values of units that are not gone the median, the
         90th percentile and the largest; the share of units that are gone.
         """
         assert self._first is not None
-        scores, leaving = self.slices.scores(), self.likely()
+        scores, leaving = scores.masked_fill(self.gone, 0), self.likely()
         left = [(scores * own).sum() / (self._first * own).sum() for own in (~leaving, leaving)]
         values = self.values.masked_fill(self.gone, math.nan)
         quantiles = values.nanquantile(values.new_tensor([0.5, 0.9, 1.0])).nan_to_num(0.0)
@@ -375,7 +375,7 @@ class Growth(Masking):
         if not self._begun:
             return {}
         self._pending = self._plan_for(module, self.gone)
-        told = dict(zip(_FACTS, self._point().tolist(), strict=True))
+        told = dict(zip(_FACTS, self._point(self.slices.scores()).tolist(), strict=True))
         return super().facts(module) | {f"growth/{name}": value for name, value in told.items()}
 
     def history(self) -> NDArray[np.float64]:

@@ -215,30 +215,34 @@ class IncReg(Penalty):
         self.ranks = torch.zeros_like(self.slices.cell)
         self._next = 0.0  # the update in which a penalty can be at the ceiling
 
-    def grow(self) -> None:
+    def grow(self) -> Tensor | None:
         """Rank, average, punish, and prune what has reached the ceiling."""
         if math.isinf(self._next):
-            return
-        slices, strength, ceiling = self.slices, self.numbers["strength"], self.numbers["ceiling"]
+            return None
+        slices, strength = self.slices, self.numbers["strength"]
         scores = slices.scores()
         self.ranks += slices.ranks(scores.masked_fill(self.gone, -1.0))  # whole numbers: equal averages are equal
         place = slices.ranks(self.gone.to(torch.uint8), self.ranks).to(scores.dtype)
         left, live = (counts[slices.cell] for counts in (self.left, slices.size - self.quota + self.left))
         change = punishment(place, left, live, strength, self.shape, self.delta_clip)
         self.values = torch.where(self.gone, self.values, (self.values + change).clamp(min=0))
-        if self.updates < min(self._next, self.numbers["last"]):
-            return
+        if self.updates >= min(self._next, self.numbers["last"]):
+            self._prune(scores)
+        return scores
+
+    def _prune(self, scores: Tensor) -> None:
+        """Prune what has reached the ceiling, or all that is left if it is time, and tell when to look again; waits for the device."""
         self.check_finite(scores)
-        done = ~self.gone & (self.values >= ceiling)
-        if self.updates >= self.numbers["last"] and bool(self.left.any()):
+        done = ~self.gone & (self.values >= self.numbers["ceiling"])
+        if self.updates >= self.numbers["last"]:
             done |= self.lowest(-self.values, self.ranks)
         if bool(done.any()):
             self.drop(done)
-        if not bool(self.left.any()):
-            self._next = math.inf
-            return
-        highest = float(self.values.masked_fill(self.gone, 0).max())
-        self._next = float(self.updates) + max(1, int((ceiling - highest) / strength * (1 - 1e-3)))
+        steps = (self.numbers["ceiling"] - float(self.values.masked_fill(self.gone, 0).max())) / self.numbers[
+            "strength"
+        ]
+        finished = not bool(self.left.any())
+        self._next = math.inf if finished else self.updates + max(1.0, math.floor(steps * (1 - 1e-3)))
 
     def likely(self) -> Tensor:
         """Return which channels will leave if their averaged ranks stay as they are, ``[units]``, boolean."""
