@@ -79,7 +79,8 @@ class Pace:
 
         To first order in ``lr lambda``: the sum of ``lr lambda / (1 - mu)``.
         """
-        return float((self.rates[: len(penalties)] * penalties).sum() / (1 - self.momentum))
+        known = min(len(self.rates), len(penalties)) if len(self.rates) > 1 else len(penalties)
+        return float((self.rates[:known] * penalties[:known]).sum() / (1 - self.momentum))
 
 
 def penalize_(weight: Tensor, penalty: Tensor) -> None:

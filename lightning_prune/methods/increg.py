@@ -200,7 +200,10 @@ class IncReg(Penalty):
         strength = self.strength or ceiling / steepness_for(*cells, growing, *how)
         needed = updates_needed(*cells, ceiling / strength, *how)
         self._needs(steps, needed)
-        self.numbers |= {"strength": strength, "last": math.inf if steps is None else max(needed, int(LAST * steps))}
+        self.numbers |= {
+            "strength": strength,
+            "last": min(steps, max(needed, int(LAST * steps))) if steps else math.inf,
+        }
         self._forecast(np.arange(1, min(needed, math.ceil(ceiling / strength)) + 1.0) * strength)  # of the lowest rank
         log.info(
             "IncReg: penalties grow by up to %.3g per step to %.3g; all is pruned after %d steps at the earliest, of %s.",

@@ -602,6 +602,13 @@ def test_penalties_that_are_too_weak_for_the_planned_steps_are_warned_of(tmp_pat
 
 
 @pytest.mark.parametrize("kind", [IncReg, GReg])
+def test_a_fast_dev_run_with_numbers_for_a_long_fit_ends_with_a_small_model(kind, tmp_path):
+    model = LitNet()
+    started(kind(sparsity=0.5, align=1, ceiling=0.4, strength=1e-3), tmp_path, model, fast_dev_run=2)
+    assert [model.net[layer].weight.shape[0] for layer in LAYERS] == [8, 12, 16]
+
+
+@pytest.mark.parametrize("kind", [IncReg, GReg])
 def test_data_of_unknown_length_needs_a_number_of_steps(kind, tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
