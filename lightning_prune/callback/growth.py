@@ -128,6 +128,7 @@ class Growth(Masking):
         gone: Units that have been pruned, ``[units]``, boolean.
         quota: How many units of every cell shall leave, ``[cells]``.
         left: How many still have to, ``[cells]``.
+        over: Whether none has to leave any more.
         updates: Optimizer steps that have counted.
         numbers: What was derived from the planned steps before training, by name.
 
@@ -172,7 +173,7 @@ class Growth(Masking):
         super().reset()
         for name in ("values", "gone", "quota", "left"):
             self.__dict__.pop(name, None)
-        self.updates, self.numbers = 0, dict[str, float]()
+        self.updates, self.numbers, self.over = 0, dict[str, float](), False
         self._begun, self._seen, self._stride, self._dropped = False, 0, 1, 0
         self._saved: dict[str, Any] | None = None
         self._history: list[Tensor] = []
@@ -216,9 +217,13 @@ class Growth(Masking):
             units: ``[units]``, boolean.
         """
         self.gone, self._dropped = self.gone | units, self.updates
-        self.left = self.quota - self.slices.counts(self.gone)
+        self._count()
         self.values = self.values.masked_fill(~self.gone & (self.left == 0)[self.slices.cell], 0)
         self._hold_gone()
+
+    def _count(self) -> None:
+        self.left = self.quota - self.slices.counts(self.gone)
+        self.over = not bool(self.left.any())
 
     def check_finite(self, scores: Tensor) -> None:
         """See that the weights are finite; waits for the device.
@@ -415,7 +420,7 @@ class Growth(Masking):
     def take_up(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`growth_state` returned; tensors lie where the model does."""
         self.values, self.gone, self.quota = state["values"], state["gone"], state["quota"]
-        self.left = self.quota - self.slices.counts(self.gone)
+        self._count()
         self._begun, self.updates, self.numbers = state["begun"], state["updates"], dict(state["numbers"])
         self._first, self._stride, self._dropped = state["first"], state["stride"], state["dropped"]
         self._history = [] if state["history"] is None else list(state["history"])

@@ -260,6 +260,8 @@ class Penalty(Growth):
 
     def _penalized(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[UnitSlice, Tensor, dict[str, Any]]]:
         """Yield what an optimizer holds that is penalized, the penalty, shaped to broadcast, and its parameter group."""
+        if self.over:
+            return
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         values = nn.functional.pad(self.values, (0, 1))
         growing = values.clamp(min=0)  # regrowth is for filters alone

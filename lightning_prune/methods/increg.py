@@ -216,11 +216,11 @@ class IncReg(Penalty):
     def start(self) -> None:
         """Start the averages."""
         self.ranks = torch.zeros_like(self.slices.cell)
-        self._next = 0.0  # the update in which a penalty can be at the ceiling
+        self._next = 0  # the update in which a penalty can be at the ceiling
 
     def grow(self) -> Tensor | None:
         """Rank, average, punish, and prune what has reached the ceiling."""
-        if math.isinf(self._next):
+        if self.over:
             return None
         slices, strength = self.slices, self.numbers["strength"]
         scores = slices.scores()
@@ -244,8 +244,7 @@ class IncReg(Penalty):
         steps = (self.numbers["ceiling"] - float(self.values.masked_fill(self.gone, 0).max())) / self.numbers[
             "strength"
         ]
-        finished = not bool(self.left.any())
-        self._next = math.inf if finished else self.updates + max(1.0, math.floor(steps * (1 - 1e-3)))
+        self._next = self.updates + max(1, math.floor(steps * (1 - 1e-3)))
 
     def likely(self) -> Tensor:
         """Return which channels will leave if their averaged ranks stay as they are, ``[units]``, boolean."""

@@ -287,7 +287,7 @@ def test_what_noise_has_kept_from_the_ceiling_is_pruned_after_nine_tenths_of_the
 
         def on_train_batch_start(self, trainer, module, *_):
             method.ranks = torch.randint(0, 10**6, (72,))
-            method._next = 0.0
+            method._next = 0
 
     method = IncReg(sparsity=0.5, align=1, ceiling=1.0, strength=0.1, delta_clip=None)
     _, watch = fit(method, tmp_path, Still(), callbacks=[Noisy()], max_steps=120, max_epochs=100)
