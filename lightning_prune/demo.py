@@ -1,9 +1,10 @@
-"""Scikit-learn's handwritten digits, and a network for them: what the shipped recipes train on without a download.
+"""Scikit-learn's handwritten digits, at rest and moving, and networks for them: what the shipped recipes train on without a download.
 
 The digits (1,797 grey images of 8x8 pixels, UCI ML hand-written digits) come with scikit-learn. They are enlarged so that a convolution
-has something to do; the network is far wider than they need, so that a smaller one is measurably faster.
+has something to do, or move through short clips; the networks are far wider than they need, so that smaller ones are measurably faster.
 
-Data layout: images ``[batch, 1, size, size]``, float32, standardised by the training images; targets ``[batch]``, int64, 0 to 9.
+Data layout: images ``[batch, 1, size, size]`` or clips ``[batch, 1, frames, size, size]``, float32, standardised by the training part; targets
+``[batch]``, int64, 0 to 9 or 0 to 19.
 """
 
 import importlib.util
@@ -44,15 +45,16 @@ class DigitsData(pl.LightningDataModule):
 
     def __init__(self, batch_size: int = 64, size: int = 16, seed: int = 0) -> None:
         super().__init__()
+        name = type(self).__name__
         if batch_size < 2:
-            raise OptionError(f"DigitsData: batch_size is a whole number of at least 2, got {batch_size}.")
+            raise OptionError(f"{name}: batch_size is a whole number of at least 2, got {batch_size}.")
         if size < 8:
-            raise OptionError(f"DigitsData: size is at least 8, the digits' own number of pixels, got {size}.")
+            raise OptionError(f"{name}: size is at least 8, the digits' own number of pixels, got {size}.")
         self.batch_size, self.size, self.seed = batch_size, size, seed
         self._splits: dict[str, TensorDataset] = {}
 
     def setup(self, stage: str) -> None:
-        """Read, enlarge, split and standardise the images, once; the result is the same on every rank.
+        """Read, split, enlarge (or move) and standardise the images, once; the result is the same on every rank.
 
         Raises:
             OptionError: If scikit-learn is not installed.
@@ -60,12 +62,16 @@ class DigitsData(pl.LightningDataModule):
         if self._splits:
             return
         pixels, targets = _digits()
-        images = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", align_corners=False)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
-        parts = dict(zip(("test", "val", "train"), order.tensor_split([_NUM_TEST, _NUM_TEST + _NUM_VAL]), strict=True))
-        deviation, mean = torch.std_mean(images[parts["train"]])
-        images = (images - mean) / deviation
-        self._splits = {name: TensorDataset(images[rows], targets[rows]) for name, rows in parts.items()}
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(pixels), generator=generator)
+        rows = dict(zip(("test", "val", "train"), order.tensor_split([_NUM_TEST, _NUM_TEST + _NUM_VAL]), strict=True))
+        parts = {name: self._examples(pixels[row], targets[row], generator) for name, row in rows.items()}
+        deviation, mean = torch.std_mean(parts["train"][0])
+        self._splits = {name: TensorDataset((x - mean) / deviation, y) for name, (x, y) in parts.items()}
+
+    def _examples(self, pixels: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets made of digits ``[digits, 1, 8, 8]``; what is drawn comes from ``generator``."""
+        return F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", align_corners=False), targets
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Return the training images in an order that seed and epoch decide; a last incomplete batch is left out."""
@@ -87,6 +93,43 @@ class DigitsData(pl.LightningDataModule):
         return DataLoader(self._splits["test"], self.batch_size)
 
 
+class MovingDigitsData(DigitsData):
+    """Clips of the digits: each moves one column per frame, once to the right and once to the left; the split is that of :class:`DigitsData`.
+
+    A target is the digit, plus 10 where it moves to the left. Column and row at the start are drawn, and what leaves on one side comes back on
+    the other, so that no single frame tells anything about the direction; and since the second clip is the first one backwards, all
+    frames without their order do not, either.
+
+    Args:
+        batch_size: Clips per batch, at least 2 (BatchNorm needs two). Defaults to 64.
+        frames: Frames per clip, at least 2. Defaults to 8.
+        size: Height and width of a frame, in which the 8x8 pixels move, at least 8. Defaults to 16.
+        seed: Fixes the split, the starts and, with the epoch, the order. Defaults to 0.
+
+    Raises:
+        OptionError: If a value is out of range.
+    """
+
+    def __init__(self, batch_size: int = 64, frames: int = 8, size: int = 16, seed: int = 0) -> None:
+        super().__init__(batch_size, size, seed)
+        if frames < 2:
+            raise OptionError(f"MovingDigitsData: frames is a whole number of at least 2, got {frames}.")
+        self.frames = frames
+
+    def _examples(self, pixels: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return clips ``[2 * digits, 1, frames, size, size]``, those to the right first, and their targets."""
+        count, free = len(pixels), self.size - pixels.shape[-1]
+        canvas = F.pad(pixels[:, 0], (0, free, 0, free))
+        down = torch.randint(free + 1, (count, 1, 1, 1), generator=generator)
+        right = (
+            torch.randint(self.size, (count, 1, 1, 1), generator=generator) + torch.arange(self.frames)[:, None, None]
+        )
+        row = (torch.arange(self.size)[:, None] - down) % self.size
+        column = (torch.arange(self.size) - right) % self.size
+        clips = canvas[torch.arange(count)[:, None, None, None], row, column].unsqueeze(1)
+        return torch.cat([clips, clips.flip(2)]), torch.cat([targets, targets + NUM_CLASSES])
+
+
 class DigitsNet(pl.LightningModule):
     """Three 3x3 convolutions with BatchNorm and ReLU, the image halved after the first, then one linear layer.
 
@@ -102,6 +145,9 @@ class DigitsNet(pl.LightningModule):
     Raises:
         OptionError: If a value is out of range.
     """
+
+    num_classes = NUM_CLASSES
+    _layers: tuple[type[nn.Module], ...] = nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d
 
     def __init__(
         self,
@@ -123,24 +169,29 @@ class DigitsNet(pl.LightningModule):
             ("optimizer", optimizer, optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'"),
         ):
             if not good:
-                raise OptionError(f"DigitsNet: {name} is {allowed}, got {value!r}.")
+                raise OptionError(f"{type(self).__name__}: {name} is {allowed}, got {value!r}.")
         self.save_hyperparameters()
         self.example_input_array = torch.zeros(2, 1, size, size)
+        conv, norm, pool, mean = self._layers
+
+        def block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+            return conv(inputs, outputs, 3, padding=1, bias=False), norm(outputs), nn.ReLU()
+
         self.features = nn.Sequential(
-            *_block(1, width),
-            nn.MaxPool2d(2),
-            *_block(width, 2 * width),
-            *_block(2 * width, 2 * width),
-            nn.AdaptiveAvgPool2d(1),
+            *block(1, width),
+            pool(2),
+            *block(width, 2 * width),
+            *block(2 * width, 2 * width),
+            mean(1),
             nn.Flatten(),
             nn.Dropout(dropout),
         )
-        self.classifier = nn.Linear(2 * width, NUM_CLASSES)
-        self.val_accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro")
-        self.test_accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro")
+        self.classifier = nn.Linear(2 * width, self.num_classes)
+        self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits, ``[batch, 10]``, of images ``[batch, 1, size, size]``."""
+        """Return the logits, ``[batch, classes]``, of images ``[batch, 1, size, size]`` or clips ``[batch, 1, frames, size, size]``."""
         logits: Tensor = self.classifier(self.features(images))
         return logits
 
@@ -175,8 +226,39 @@ class DigitsNet(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+class MovingDigitsNet(DigitsNet):
+    """Three 3x3x3 convolutions with BatchNorm and ReLU, the clip halved along time, height and width after the first, then one linear layer.
+
+    Args:
+        width: Channels of the first convolution; the other two have twice as many. Defaults to 24.
+        dropout: Share of the last features dropped in training, in [0, 1). Defaults to 0.
+        lr: Largest learning rate, > 0; it falls to 0 along a cosine over the fit. Defaults to 0.05.
+        optimizer: ``"sgd"`` or ``"adamw"``. Defaults to ``"sgd"``.
+        momentum: Of SGD, in [0, 1). Defaults to 0.9.
+        weight_decay: Of SGD, at least 0. Defaults to 5e-4.
+        frames: Frames per clip, as in :class:`MovingDigitsData`. Defaults to 8.
+        size: Height and width of a frame, likewise. Defaults to 16.
+
+    Raises:
+        OptionError: If a value is out of range.
+    """
+
+    num_classes = 2 * NUM_CLASSES
+    _layers = nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d
+
+    def __init__(
+        self,
+        width: int = 24,
+        dropout: float = 0.0,
+        lr: float = 0.05,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        frames: int = 8,
+        size: int = 16,
+    ) -> None:
+        super().__init__(width, dropout, lr, optimizer, momentum, weight_decay, size)
+        self.example_input_array = torch.zeros(2, 1, frames, size, size)
 
 
 def _digits() -> tuple[Tensor, Tensor]:
