@@ -30,7 +30,7 @@ from lightning_prune.callback.checks import check_choice, check_integer
 from lightning_prune.callback.growth import Growth, Ratios
 from lightning_prune.errors import OptionError
 from lightning_prune.methods.increg import GROWING, punishment, steepness_for, updates_needed
-from lightning_prune.structure.groups import Slot, Structure
+from lightning_prune.structure.groups import Structure
 from lightning_prune.structure.select import Pattern
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ def absent(p: NDArray[np.float64], seed: int, group: int, step: int) -> NDArray[
 class Absence:
     """Channels that are absent from one training step: zero in it, and afterwards what they were before.
 
-    Absent is the whole unit: what writes it is zero, normalization's scale and shift too; none of its slices gets a gradient or an update, of weight
-    decay, momentum or running statistics neither.
+    All that writes a unit is zero, the scale and shift of its normalization too, and neither these nor its running statistics change: no gradient,
+    weight decay or momentum moves them.
 
     Args:
         model: The model.
@@ -85,14 +85,20 @@ class Absence:
     def __init__(self, model: nn.Module, structure: Structure) -> None:
         tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         found = [(tensors[name], slot) for name, slots in structure.by_tensor.items() for slot in slots]
-        self._slots = [(tensor, slot) for tensor, slot in found if tensor.is_floating_point()]
-        self._weights: list[tuple[Tensor, Place, Tensor]] = []
-        self._moments: list[tuple[torch.optim.Optimizer, Tensor, Place, dict[str, Tensor]]] = []
+        self._slots = [
+            (tensor, slot)
+            for tensor, slot in found
+            if slot.units.ndim == 1
+            and tensor.is_floating_point()
+            and (slot.zeroed or not isinstance(tensor, nn.Parameter))
+        ]
+        self._away: list[tuple[Tensor, int, Tensor, Tensor]] = []
+        self._moments: list[tuple[torch.optim.Optimizer, Tensor, int, Tensor, dict[str, Tensor]]] = []
 
     @property
     def under_way(self) -> bool:
         """Whether a step is under way."""
-        return bool(self._weights)
+        return bool(self._away)
 
     def begin(self, units: NDArray[np.bool_]) -> None:
         """Zero what writes the units.
@@ -100,61 +106,45 @@ class Absence:
         Args:
             units: Which are absent, ``[units]``, boolean.
         """
-        away = np.append(units, False)
-        zeroed = []
+        self.end()
+        away, zeroed = np.append(units, False), []
         for tensor, slot in self._slots:
-            place = place_of(slot, away, tensor.device)
-            if place is not None:
-                self._weights.append((tensor, place, tensor.data[place]))
-                zeroed += [(tensor, place)] if slot.zeroed else []
-        for tensor, place in zeroed:  # only now: two slots of a tensor overlap
-            tensor.data[place] = 0
+            index = torch.from_numpy(np.flatnonzero(away[slot.units])).to(tensor.device)
+            if len(index):
+                self._away.append((tensor, slot.axis, index, tensor.data.index_select(slot.axis, index)))
+                zeroed += [self._away[-1]] if slot.zeroed else []
+        for tensor, axis, index, _ in zeroed:  # only now: two slots of a tensor overlap
+            tensor.data.index_fill_(axis, index, 0)
 
     def on_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Zero the gradients of absent units, and remember the momenta that an optimizer is about to change."""
+        """Zero the gradients of absent units, and remember the moments that an optimizer is about to change."""
         held = _held(optimizer)
-        for tensor, place, _ in self._weights:
-            if tensor in held:
-                if tensor.grad is not None:
-                    tensor.grad[place] = 0
-                self._moments.append((optimizer, tensor, place, {k: v[place] for k, v in _moments(optimizer, tensor)}))
+        for tensor, axis, index, _ in self._away:
+            if tensor in held and tensor.grad is not None:
+                tensor.grad.index_fill_(axis, index, 0)
+                before = {key: moment.index_select(axis, index) for key, moment in _moments(optimizer, tensor)}
+                self._moments.append((optimizer, tensor, axis, index, before))
 
     def end(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put back what was there: weights, momenta and running statistics.
+        """Put back what was there: weights, moments and running statistics.
 
         Args:
             optimizer: Only its parameters, and the running statistics; by default all that is still away.
         """
-        for owner, parameter, place, before in self._moments:
+        for owner, parameter, axis, index, before in self._moments:
             for key, moment in _moments(owner, parameter):
-                moment[place] = before.get(key, 0)  # 0 where this step was the first
-        held = None if optimizer is None else _held(optimizer)
-        rest = []
-        for entry in self._weights:
-            tensor, place, values = entry
+                if key in before:
+                    moment.index_copy_(axis, index, before[key])
+                else:  # this step was the first
+                    moment.index_fill_(axis, index, 0)
+        held, rest = None if optimizer is None else _held(optimizer), []
+        for entry in self._away:
+            tensor, axis, index, values = entry
             if held is None or tensor in held or not isinstance(tensor, nn.Parameter):
-                tensor.data[place] = values
+                tensor.data.index_copy_(axis, index, values)
             else:
                 rest.append(entry)
-        self._weights, self._moments = rest, []
-
-
-Place = tuple[slice | Tensor, ...]
-
-
-def place_of(slot: Slot, away: NDArray[np.bool_], device: torch.device) -> Place | None:
-    """Return the index of the slices of units on a tensor, None where there are none.
-
-    Args:
-        slot: Where the units lie.
-        away: Which units, ``[units + 1]``, boolean; the last stands for slices without a unit.
-        device: The tensor's.
-    """
-    found = away[slot.units].nonzero()
-    if not len(found[0]):
-        return None
-    index = tuple(torch.from_numpy(axis).to(device) for axis in found)
-    return index if slot.units.ndim == 2 else (*[slice(None)] * slot.axis, *index)
+        self._away, self._moments = rest, []
 
 
 def _held(optimizer: torch.optim.Optimizer) -> set[Tensor]:
@@ -198,13 +188,13 @@ class SPP(Growth):
         recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards; 0 leaves them.
 
     Attributes:
-        averages: Averaged ranks, ``[units]``, during a fit.
+        ranks: The sum over all updates of the rank of every unit, ``[units]``; averages, times the number of updates.
 
     Raises:
         OptionError: If an argument is of the wrong type or out of range.
     """
 
-    averages: Tensor
+    ranks: Tensor
 
     def __init__(
         self,
@@ -284,7 +274,7 @@ class SPP(Growth):
             steps,
         )
         self.values = self.values.double()
-        self.averages = torch.zeros_like(self.values)
+        self.ranks = torch.zeros_like(self.slices.cell)
 
     def grow(self) -> None:
         """Every so many steps, update the probabilities; drop what came to 1, and after the last update the next ones."""
@@ -293,10 +283,10 @@ class SPP(Growth):
             return
         scores = self.slices.scores()
         self.check_finite(scores)
-        self.averages += (self.slices.ranks(~self.gone, scores) - self.averages) / count
-        ranks = self.slices.ranks(self.gone, scores if self.official else self.averages)
+        self.ranks += self.slices.ranks(scores.masked_fill(self.gone, -1.0))
+        place = self.slices.ranks(self.gone.to(torch.uint8), scores if self.official else self.ranks)
         missing, live = (counts[self.slices.cell] for counts in (self.left, self.slices.size - self.quota + self.left))
-        self.values = grown(self.values, ranks, missing, live, self.numbers["strength"], None if self.official else 1.0)
+        self.values = grown(self.values, place, missing, live, self.numbers["strength"], None if self.official else 1.0)
         gone = self.likely() if count >= self.numbers["max_updates"] else self.values == 1
         if not torch.equal(gone, self.gone):
             self.values = self.values.masked_fill(gone, 1.0)
@@ -350,24 +340,31 @@ class SPP(Growth):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Put back what was absent where no step came: between accumulated batches, or where a gradient scaler skipped it."""
+        self._put_back()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Put back what was absent if the module has skipped the rest of the epoch."""
+        self._put_back()
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def _put_back(self) -> None:
         if self._absence is not None:
             self._absence.end()
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def release(self) -> None:
         """Put back what is absent if something went wrong in a step, and let go of the model."""
-        if self._absence is not None:
-            self._absence.end()
+        self._put_back()
         self._absence, self._chances = None, []
         super().release()
 
     # State ----------------------------------------------------------------------------------------------------------------------
 
     def growth_state(self) -> dict[str, Any]:
-        """Return what a resume needs of a growth under way: also the averaged ranks."""
-        return super().growth_state() | {"averages": self.averages}
+        """Return what a resume needs of a growth under way: also the sums of ranks."""
+        return super().growth_state() | {"ranks": self.ranks}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`growth_state` returned."""
         super().take_up(state)
-        self.averages = state["averages"]
+        self.ranks = state["ranks"]

@@ -221,9 +221,8 @@ def test_a_step_leaves_absent_channels_bit_for_bit_and_moves_the_others(kind):
             tensor, old = name.partition(":")[0], before.get(name, torch.zeros_like(values))
             same = torch.zeros(values.shape, dtype=torch.bool)
             for slot in structure.by_tensor.get(tensor, ()):
-                same |= torch.from_numpy(np.append(away, False)[slot.units]).reshape(
-                    slot.along(torch.zeros(slot.units.shape), values.ndim).shape
-                )
+                if slot.zeroed or "running" in tensor:
+                    same |= torch.from_numpy(slot.along(np.append(away, False)[slot.units], values.ndim))
             assert torch.equal(values[same], old[same]), name
             moved += int((values[~same] != old[~same]).sum())
         assert moved > 0
@@ -348,7 +347,7 @@ class Absences(Callback):
 
     def on_train_batch_start(self, trainer, module, *_):
         names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-        self.away = [(names[id(tensor)], place) for tensor, place, _ in self.method._absence._weights]
+        self.away = [(names[id(tensor)], axis, index) for tensor, axis, index, _ in self.method._absence._away]
         self.steps = trainer.global_step
 
     def on_train_batch_end(self, trainer, module, *_):
@@ -367,11 +366,12 @@ def test_what_is_absent_from_a_step_is_the_same_after_it_to_the_bit(kind, option
     look, seen, draws = Absences(method), 0, {}
     fit(method, tmp_path, LitNet(optimizer=kind), callbacks=[method, look], **options)
     for step, away, before, after in look.records:
-        drawn = [(name, [axis.tolist() for axis in place if torch.is_tensor(axis)]) for name, place in away]
+        drawn = [(name, index.tolist()) for name, _, index in away]
         assert draws.setdefault(step, drawn) == drawn  # one draw for all batches of a step
-        for name, place in away:
+        for name, axis, index in away:
             for key in (key for key in after if key == name or key.startswith(f"{name}:")):
-                assert torch.equal(after[key][place], before.get(key, torch.zeros_like(after[key]))[place])
+                old = before.get(key, torch.zeros_like(after[key]))
+                assert torch.equal(after[key].index_select(axis, index), old.index_select(axis, index))
                 seen += 1
     assert seen > 100
     assert len({str(drawn) for drawn in draws.values()}) > 5
@@ -440,6 +440,22 @@ def test_an_error_within_a_step_loses_nothing(error, place, tmp_path):
     assert all(torch.equal(p, look.last[name]) for name, p in model.named_parameters())
 
 
+def test_a_module_that_skips_the_rest_of_an_epoch_keeps_its_weights(tmp_path):
+    class Leaving(LitNet):
+        def on_train_batch_start(self, batch, index):
+            if method.steps >= 12:
+                assert method._absence.under_way
+                return -1
+
+    class Ends(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            assert not method._absence.under_way
+
+    method = SPP(sparsity=0.5, align=1)
+    fit(method, tmp_path, Leaving(), callbacks=[method, Ends()])
+    assert method.steps == 12
+
+
 class Skipping(Precision):
     """Does not step in every third batch, as a gradient scaler that met an overflow."""
 
@@ -464,8 +480,8 @@ def test_a_skipped_step_counts_for_nothing_and_loses_nothing(tmp_path):
     for _, away, before, after in skipped:
         moving = [name for name in after if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
         assert all(torch.equal(v, before[name]) for name, v in after.items() if name not in moving)
-        for name, place in away:
-            assert torch.equal(after[name][place], before[name][place])
+        for name, axis, index in away:
+            assert torch.equal(after[name].index_select(axis, index), before[name].index_select(axis, index))
 
 
 @pytest.mark.parametrize("stop", [12, 28])
