@@ -61,7 +61,7 @@ def make(name: str, **options: Any) -> Compression:
         return make(kind_of(name), **(VARIANTS[name][1] | options))
     kind = ToyMask if name == "ToyMask" else getattr(methods, name)
     known = inspect.signature(kind.__init__).parameters
-    usual = {key: value for key, value in USUAL.items() if key in known}
+    usual = {key: value for key, value in USUAL.items() if key in known and (key != "every_n_steps" or name == "TRP")}
     if "flops" not in known and "sparsity" in known:
         usual["sparsity"] = 0.5
     return kind(**(usual | options))  # type: ignore[no-any-return]

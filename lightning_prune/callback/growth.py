@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_prune.callback.channels import ChannelRemoval, channel_removal
 from lightning_prune.callback.checks import check_integer
 from lightning_prune.callback.course import Course
+from lightning_prune.callback.exhibit import Exhibit
 from lightning_prune.callback.masking import Masking
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.unit_slices import UnitSlices, even, frozen_units
@@ -399,6 +400,15 @@ class Growth(Masking):
         """
         history = self.history()
         return draw_growth(history, self.grown, f"{type(self).__name__}: {self._asked()}") if len(history) else None
+
+    def exhibits(self) -> Sequence[Exhibit]:
+        """Return the picture of the history."""
+        picture = self.picture()
+        text = (
+            f"What is left of the weights of units that stay and of units that leave, as a share of their sizes at the start, over {self.updates:,} "
+            f"optimizer steps, and the {self.grown} that grew."
+        )
+        return () if picture is None else (Exhibit(f"{type(self).__name__}: growth", text, picture=picture),)
 
     # State ----------------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """The methods, one paper each. ``__all__`` is the export list: recipes take methods from here and nowhere else."""
 
 from lightning_prune.methods.grasp import GraSP
+from lightning_prune.methods.greg import GReg
 from lightning_prune.methods.gsm import GSM
+from lightning_prune.methods.increg import IncReg
 from lightning_prune.methods.loss_model import LossModel
 from lightning_prune.methods.low_rank import LowRank
 from lightning_prune.methods.magnitude import Magnitude
@@ -9,7 +11,23 @@ from lightning_prune.methods.pfp import PFP
 from lightning_prune.methods.random import Random
 from lightning_prune.methods.sipp import SiPP
 from lightning_prune.methods.snip import SNIP
+from lightning_prune.methods.spp import SPP
 from lightning_prune.methods.synflow import SynFlow
 from lightning_prune.methods.trp import TRP
 
-__all__ = ["GSM", "PFP", "SNIP", "TRP", "GraSP", "LossModel", "LowRank", "Magnitude", "Random", "SiPP", "SynFlow"]
+__all__ = [
+    "GSM",
+    "PFP",
+    "SNIP",
+    "SPP",
+    "TRP",
+    "GReg",
+    "GraSP",
+    "IncReg",
+    "LossModel",
+    "LowRank",
+    "Magnitude",
+    "Random",
+    "SiPP",
+    "SynFlow",
+]
