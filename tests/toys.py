@@ -47,6 +47,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "PFP-random-gradually": ("PFP", {"mode": "random"} | GRADUALLY),
     "Random-weights": ("Random", WEIGHTS),
 }
+# What those that derive their pace from the planned steps are given where a fit ends after a few of many, or nobody knows their number.
+UNPLANNED: dict[str, dict[str, Any]] = {
+    "GReg": {"strength": 100.0, "settle_steps": 0},
+    "IncReg": {"strength": 100.0},
+    "SPP": {"strength": 1.0, "every_n_steps": 1, "max_updates": 1},
+}
 NAMES = [*methods.__all__, *VARIANTS, "ToyMask"]
 
 

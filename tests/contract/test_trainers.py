@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import (
 )
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import KINDS, kind_of, make
+from toys import KINDS, UNPLANNED, kind_of, make
 
 from lightning_prune import LowRank, load_from_checkpoint
 from lightning_prune.errors import ModelError, TrainerError
@@ -215,7 +215,7 @@ def test_a_fit_that_ends_early_is_compressed_all_the_same(name, how, tmp_path):
         "max_steps": {"max_steps": 3},
         "max_time": {"max_time": {"seconds": 1}, "max_epochs": 1000},
     }[how]
-    fit(model, make(name), tmp_path, **options)
+    fit(model, make(name, **(UNPLANNED.get(name, {}) if how == "max_time" else {})), tmp_path, **options)
     assert_compressed(model)
 
 
@@ -305,7 +305,7 @@ def several():
 
 def test_iterable_data(name, tmp_path):
     model = LitNet(example=False)
-    fit(model, make(name), tmp_path, data=DataLoader(Stream(), batch_size=16))
+    fit(model, make(name, **UNPLANNED.get(name, {})), tmp_path, data=DataLoader(Stream(), batch_size=16))
     assert_compressed(model)
 
 
