@@ -21,18 +21,15 @@ Where we differ from the authors' code (torchprune):
 """
 
 import dataclasses
-import io
 import json
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from lightning_prune.callback.channel_target import ChannelTarget
@@ -43,6 +40,7 @@ from lightning_prune.callback.masking import Masking, Schedule
 from lightning_prune.callback.streams import Columns, choose_columns, columns_in, stream_readers
 from lightning_prune.callback.task import Task
 from lightning_prune.errors import ModelError, OptionError
+from lightning_prune.measure.certificate import Certificate, Guarantee
 from lightning_prune.measure.contributions import Contribution
 from lightning_prune.measure.readings import Readings, units_by_input
 from lightning_prune.structure.gathering import gather_pays, gather_steps
@@ -272,91 +270,6 @@ def choose(sensitivities: Floats, count: int, mode: Mode, generator: np.random.G
         kept = np.concatenate([kept, sampled])
     kept = np.sort(kept)
     return Chosen(kept, gains[kept], draws, mass)
-
-
-# The guarantee --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Guarantee:
-    """What is promised of one layer that reads fewer inputs, and what was measured.
-
-    Attributes:
-        layer: Its name.
-        kept: Units that it still reads.
-        read: Units that it read.
-        mass: ``S``, the sum of the sensitivities of the units, of those that were drawn where some were.
-        draws: ``m``; where nothing was drawn, the number of draws expected to hit as many units.
-        eps: No output of the calibration data is off by more than ``eps`` times ``z+ + z-``: with probability ``1 - delta`` where units were
-            drawn, for certain where not.
-        delta: Probability that the bound fails; 0 where nothing was drawn.
-        triples: ``M``, the combinations of sample, output and position that the bound covers.
-        vacuous: Whether the bound says nothing: leaving out everything would keep it, ``eps >= 1``.
-        measured: The largest relative error, ``|zhat - z| / (z+ + z-)``, found on the calibration data.
-        unseen: The same bound for a sample that was not seen, by the assumption that :attr:`Certificate.assumption` states.
-    """
-
-    layer: str
-    kept: int
-    read: int
-    mass: float
-    draws: float
-    eps: float
-    delta: float
-    triples: int
-    vacuous: bool
-    measured: float
-    unseen: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Certificate:
-    """The guarantee of a pruning, layer by layer: pre-activations of each layer for the inputs that it had before the pruning.
-
-    Attributes:
-        mode: How units were chosen.
-        samples: Calibration samples that were seen, over all ranks.
-        needed: Samples that the bound for unseen data takes.
-        rows: A guarantee per layer that lost inputs.
-    """
-
-    mode: Mode
-    samples: int
-    needed: int
-    rows: tuple[Guarantee, ...]
-
-    @property
-    def assumption(self) -> str:
-        """What the bound for unseen data rests on."""
-        enough = "" if self.samples >= self.needed else f", which are too few here ({self.samples})"
-        return (
-            f"unseen samples come from the distribution of the calibration data, and the largest share of a channel among {self.needed} "
-            f"samples{enough} is, but for a factor of {K:g}, the largest that it ever has (assumption 1 of the paper, with the constants of "
-            "the authors' code)"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the certificate in JSON types; infinite numbers are ``Infinity``, as Python's :mod:`json` writes them."""
-        return {**dataclasses.asdict(self), "rows": [dataclasses.asdict(row) for row in self.rows]}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build the certificate from what :meth:`to_dict` returned."""
-        return cls(**{**data, "rows": tuple(Guarantee(**row) for row in data["rows"])})
-
-    def table(self) -> Table:
-        """Return the rows for a rich console."""
-        table = Table(*(field.name for field in dataclasses.fields(Guarantee)), title=f"PFP, {self.mode}")
-        for row in self.rows:
-            table.add_row(
-                *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in dataclasses.astuple(row))
-            )
-        return table
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=140, color_system=None).print(self.table())
-        return f"{stream.getvalue()}Unseen: {self.assumption}."
 
 
 # The method -----------------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from torch import nn
 
 from lightning_prune import PFP, compress, count_flops, explain
 from lightning_prune.errors import BudgetError, ModelError, OptionError
+from lightning_prune.measure.certificate import EXCESS, Certificate
 from lightning_prune.measure.contributions import unit_shares
 from lightning_prune.methods.pfp import (
-    Certificate,
-    K,
     choose,
     common_knob,
     draw_distinct,
@@ -373,7 +372,7 @@ def test_no_output_is_off_by_more_than_the_certificate_says(net, mode):
     assert certificate.samples == 32
     assert certificate.needed == samples_needed(12 * 64 * 3 + 20 * 16 * 3 + 5, 12 * 64, 1e-16) or certificate.needed > 0
     assert Certificate.from_dict(json.loads(json.dumps(certificate.to_dict()))) == certificate
-    assert f"factor of {K:g}" in str(certificate)
+    assert f"factor of {EXCESS:g}" in str(certificate)
 
 
 def test_the_deterministic_bound_is_the_sum_of_what_was_left_out():
