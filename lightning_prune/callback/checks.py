@@ -141,6 +141,17 @@ def check_choice(owner: object, name: str, allowed: Sequence[object]) -> None:
         raise OptionError(f"{type(owner).__name__}({name}={value!r}): give {' or '.join(map(repr, allowed))}.")
 
 
+def check_probability(owner: object, name: str) -> None:
+    """Check that an argument is a number in (0, 1).
+
+    Raises:
+        OptionError: Otherwise.
+    """
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise OptionError(f"{type(owner).__name__}({name}={value!r}): give a number in (0, 1), a probability.")
+
+
 def named_module(owner: object, option: str, model: nn.Module) -> nn.Module:
     """Return the submodule that an option names; ``""`` is the model itself.
 

@@ -34,12 +34,12 @@ from torch import nn
 
 from lightning_prune.callback.channel_target import ChannelTarget
 from lightning_prune.callback.channels import ChannelRemoval, UnitScores
-from lightning_prune.callback.checks import check_choice, check_integer
+from lightning_prune.callback.checks import check_choice, check_integer, check_probability
 from lightning_prune.callback.exhibit import Exhibit
 from lightning_prune.callback.masking import Masking, Schedule
 from lightning_prune.callback.streams import Columns, choose_columns, columns_in, stream_readers
 from lightning_prune.callback.task import Task
-from lightning_prune.errors import ModelError, OptionError
+from lightning_prune.errors import ModelError
 from lightning_prune.measure.certificate import Certificate, Guarantee
 from lightning_prune.measure.contributions import Contribution
 from lightning_prune.measure.readings import Readings, units_by_input
@@ -453,8 +453,7 @@ class PFP(Masking):
         check_integer(self, "seed", 0)
         if calibration_batches is not None:
             check_integer(self, "calibration_batches", 1)
-        if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 < delta < 1:
-            raise OptionError(f"PFP(delta={delta!r}): give a number in (0, 1), the probability that a bound fails.")
+        check_probability(self, "delta")
         for option in ("align", "min_channels"):
             check_integer(self, option, 1)
         self.removal = ProvableRemoval(

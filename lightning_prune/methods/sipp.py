@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from lightning_prune.budget.weights import Scope, select_weights
 from lightning_prune.callback.batches import losses_of, plain_chunks
-from lightning_prune.callback.checks import check_choice, check_integer
+from lightning_prune.callback.checks import check_choice, check_integer, check_probability
 from lightning_prune.callback.masking import Schedule
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.weights import WeightPruning, WeightRemoval, check_scores
@@ -310,8 +310,7 @@ class SiPP(WeightPruning):
         check_integer(self, "calibration_batches", 1)
         check_integer(self, "seed", 0)
         check_choice(self, "official", (True, False))
-        if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 < delta < 1:
-            raise OptionError(f"SiPP(delta={delta!r}): give a probability, a number in (0, 1).")
+        check_probability(self, "delta")
         if official and mode != "deterministic":
             raise OptionError(
                 f"SiPP(official=True, mode={mode!r}): the authors' code is followed in deterministic mode."

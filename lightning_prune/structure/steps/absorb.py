@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError
-from lightning_prune.structure.steps.base import Step, swap
+from lightning_prune.structure.steps.base import Values, swap
 
 
 @dataclasses.dataclass(frozen=True)
-class AbsorbConstants(Step):
+class AbsorbConstants(Values):
     """Add to the bias of a linear layer or convolution what constant inputs contribute, and zero the weights that read them.
 
     Exact where every output sees all taps of the constant inputs, so not beside zero padding.
@@ -51,15 +51,6 @@ class AbsorbConstants(Step):
             )
         return module
 
-    @property
-    def once(self) -> bool:
-        """True."""
-        return True
-
-    def build(self, model: nn.Module) -> None:
-        """Check that the layer is there; no shape changes."""
-        self.find(model)
-
     def emulate(self, model: nn.Module) -> None:
         """Add what the constants contribute to the bias, and zero the weights that read them; a second time this changes nothing."""
         module = self.find(model)
@@ -69,17 +60,6 @@ class AbsorbConstants(Step):
         taps = weight.data.double()[:, inputs].reshape(len(weight), len(inputs), -1).sum(2)
         swap(bias, (bias.data.double() + taps @ values).to(bias.dtype))
         swap(weight, weight.data.clone().index_fill_(1, inputs, 0))
-
-    def apply(self, model: nn.Module) -> None:
-        """Do what :meth:`emulate` does."""
-        self.emulate(model)
-
-    def undo(self, model: nn.Module) -> None:
-        """Do nothing: no shape has changed."""
-
-    def facts(self) -> dict[str, float]:
-        """Return nothing."""
-        return {}
 
     def summary(self) -> dict[str, Any]:
         """Return the table row."""

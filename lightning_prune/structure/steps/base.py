@@ -89,6 +89,30 @@ class Step:
             ) from error
 
 
+class Values(Step):
+    """A step that changes values once and no shape. Subclasses say which by :meth:`Step.emulate`."""
+
+    @property
+    def once(self) -> bool:
+        """True."""
+        return True
+
+    def build(self, model: nn.Module) -> None:
+        """Check that the module is there; no shape changes."""
+        self.find(model)
+
+    def apply(self, model: nn.Module) -> None:
+        """Do what :meth:`emulate` does."""
+        self.emulate(model)
+
+    def undo(self, model: nn.Module) -> None:
+        """Do nothing: no shape has changed."""
+
+    def facts(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
+
+
 def swap(tensor: Tensor, values: Tensor) -> None:
     """Give ``tensor``, the same object, other values and perhaps another shape; its old storage stays as it was.
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError
-from lightning_prune.structure.steps.base import Step, swap
+from lightning_prune.structure.steps.base import Values, swap
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleInputs(Step):
+class ScaleInputs(Values):
     """Multiply the weights with which a linear layer or convolution reads some of its inputs; no shape changes.
 
     Attributes:
@@ -49,15 +49,6 @@ class ScaleInputs(Step):
             raise PlanError(f"The plan scales inputs of {self.module!r} up to {max(self.gains)}; it has {inputs}.")
         return module
 
-    @property
-    def once(self) -> bool:
-        """True."""
-        return True
-
-    def build(self, model: nn.Module) -> None:
-        """Check that the layer is there; no shape changes."""
-        self.find(model)
-
     def emulate(self, model: nn.Module) -> None:
         """Multiply; a second time multiplies again."""
         module = self.find(model)
@@ -66,17 +57,6 @@ class ScaleInputs(Step):
         gains.view(-1)[list(self.gains)] = torch.tensor(list(self.gains.values()), dtype=torch.float64)
         rows = gains.expand(groups, len(weight) // groups, -1).reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
         swap(weight, (weight.data.double() * rows.to(weight.device)).to(weight.dtype))
-
-    def apply(self, model: nn.Module) -> None:
-        """Do what :meth:`emulate` does."""
-        self.emulate(model)
-
-    def undo(self, model: nn.Module) -> None:
-        """Do nothing: no shape has changed."""
-
-    def facts(self) -> dict[str, float]:
-        """Return nothing."""
-        return {}
 
     def summary(self) -> dict[str, Any]:
         """Return the table row: the range of the factors."""
