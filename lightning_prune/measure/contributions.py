@@ -241,8 +241,9 @@ def running(probe: Probe, looks: Mapping[str, Look], batches: int, calls: Sequen
                 if isinstance(error, LightningPruneError | torch.OutOfMemoryError):
                     raise
                 raise ModelError(
-                    f"{type(probe.model).__name__} cannot be run on its data outside of a fit ({type(error).__name__}: {error}). Before the fit "
-                    "no optimizers or schedulers exist: leave them out of the training step."
+                    f"{type(probe.model).__name__} cannot be run on its data outside of a fit ({type(error).__name__}: {error}). The training step "
+                    "is run in eval mode; before the fit no optimizers or schedulers exist. With manual optimization forward is run, on the "
+                    "first entries of a batch."
                 ) from error
             yield batch
     if index < 0:
@@ -318,10 +319,13 @@ def _patches(layer: DenseLayer, inputs: Tensor, positions: int, most: int | None
     x = x.permute(1, *range(2 + axes, x.ndim), 0, *range(2, 2 + axes))  # channel, taps, sample, positions
     each = x.shape[-axes:].numel()
     together = max(1, positions // each)
+    rows = x.shape[-axes] if most is None else max(1, most * x.shape[-axes] // each)
     for samples in torch.split(x, together, -1 - axes):
-        patches = samples.reshape(x.shape[: -1 - axes].numel(), -1)
-        patches = F.pad(patches, (0, together * each - patches.shape[1]))
-        yield from (part.contiguous() for part in torch.split(patches, most or patches.shape[1], 1))
+        for part in torch.split(samples, rows, -axes):
+            patches = part.reshape(x.shape[: -1 - axes].numel(), -1)
+            missing = max(0, together * each - patches.shape[1]) if rows >= x.shape[-axes] else 0
+            patches = F.pad(patches, (0, missing)) if missing else patches
+            yield from (piece.contiguous() for piece in torch.split(patches, most or patches.shape[1], 1))
 
 
 def _reciprocals(weights: Tensor, patches: Tensor, least: float) -> Tensor:

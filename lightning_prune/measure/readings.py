@@ -43,19 +43,22 @@ class Sight:
     @classmethod
     def none(cls, layer: DenseLayer, count: int) -> "Sight":
         """Return the sight of a layer that has not been called, for ``count`` units."""
-        device, inputs = layer.weight.device, inputs_of(layer)
-        infinite = torch.full((inputs,), math.inf, device=device)
-        return cls(torch.zeros(count, device=device), infinite, -infinite)
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        infinite = torch.full((inputs_of(layer),), math.inf, device=layer.weight.device, dtype=wide)
+        return cls(infinite.new_zeros(count), infinite, -infinite)
 
     def add(self, layer: DenseLayer, inputs: Tensor, outputs: Tensor, shares: Tensor) -> None:
         """Take up one call."""
-        axis = -1 if isinstance(layer, nn.Linear) else 1
-        by_input = inputs.detach().float().movedim(axis, 0).flatten(1)
+        if not inputs.numel():
+            return
+        places = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+        samples = len(outputs) if outputs.ndim > places + 1 else 1
+        by_input = inputs.detach().to(self.low.dtype).movedim(-1 - places, 0).reshape(len(self.low), -1)
         self.low, self.high = torch.minimum(self.low, by_input.amin(1)), torch.maximum(self.high, by_input.amax(1))
-        self.shares = torch.maximum(self.shares, shares.float())
+        self.shares = torch.maximum(self.shares, shares.to(self.shares.dtype))
         positions = outputs.numel() // len(layer.weight)
         self.positions += positions
-        self.patches = max(self.patches, positions // max(1, len(outputs)))
+        self.patches = max(self.patches, positions // samples)
 
     def shared(self, probe: Probe) -> "Sight":
         """Return what all ranks have seen together."""
@@ -192,7 +195,7 @@ class Readings:
 
 
 def relative_error(layer: DenseLayer, inputs: Tensor, factors: Tensor) -> float:
-    """Return the largest ``|zhat - z| / (z+ + z-)`` over samples, outputs and positions, biases left out.
+    """Return the largest ``|zhat - z| / (z+ + z-)`` over samples, outputs and positions, biases left out; sums that underflow do not count.
 
     Args:
         layer: The layer as it is, with outputs ``z``, of which ``z+ + z-`` is the sum of absolute contributions.
@@ -203,7 +206,8 @@ def relative_error(layer: DenseLayer, inputs: Tensor, factors: Tensor) -> float:
     weight = layer.weight.detach().to(wide.dtype)
     off = _product(layer, wide, weight * (factors.to(weight) - 1)).abs()
     whole = _product(layer, wide.abs(), weight.abs())
-    return float(torch.where(whole > 0, off / whole, off).max()) if off.numel() else 0.0
+    counts = whole > torch.finfo(whole.dtype).tiny
+    return float(torch.where(counts, off / whole, 0.0).max()) if off.numel() else 0.0
 
 
 def _product(layer: DenseLayer, inputs: Tensor, weight: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def weight_of(mass: float, triples: float, delta: float) -> float:
         triples: ``M``, outputs that shall all be close, both signs counted.
         delta: Probability with which one may be farther off, in (0, 1).
     """
-    return mass * math.log(2 * triples / delta) / 3
+    return mass * (math.log(2 * triples) - math.log(delta)) / 3
 
 
 def official_weight(mass: float, patches: int, taps: int, delta: float) -> float:
@@ -90,7 +90,7 @@ def official_mass(mass: float, patches: int, taps: int, delta: float) -> float:
         taps: ``K``, taps of the kernel.
         delta: In (0, 1).
     """
-    return 2 * C * mass * math.log(8 * (patches + 1) * taps / delta)
+    return 2 * C * mass * (math.log(8 * (patches + 1) * taps) - math.log(delta))
 
 
 def sample_size(knob: float, weight: float) -> int:
@@ -113,7 +113,7 @@ def samples_needed(outputs: int, largest: int, delta: float) -> int:
         largest: ``eta*``, those of the largest layer.
         delta: In (0, 1).
     """
-    return math.ceil(C * math.log(8 * largest * outputs / delta))
+    return math.ceil(C * (math.log(8 * max(1, largest) * max(1, outputs)) - math.log(delta)))
 
 
 def expected_distinct(probabilities: Floats, draws: Floats | float) -> Floats:
@@ -329,6 +329,8 @@ class ProvableRemoval(ChannelRemoval):
         """Score the units by the ``eps`` at which they leave, and choose; every rank comes to the same."""
         scores = super().score(task, found, pending, share)
         masked = columns_in(found, pending)
+        if not pending:
+            self.pfp.forget()
         if share is None or not found.count:
             return _Choice(found, scores.values, scores.gone, ~scores.gone, masked)
         stays, columns = self._select(task, scores, share)
@@ -472,7 +474,7 @@ class PFP(Masking):
     def reset(self) -> None:
         """Forget the fit before this one."""
         super().reset()
-        self._certificate: Certificate | None = None
+        self._certificates: list[Certificate] = []
         self._seen: Readings | None = None
         self._populations: list[_Population] = []
         self.column_scores: dict[str, Floats] = {}
@@ -480,14 +482,18 @@ class PFP(Masking):
         self._free: dict[int, dict[tuple[str, int], float]] = {}
 
     def certificate(self) -> Certificate:
-        """Return the guarantee of what was removed last.
+        """Return the guarantee of what was removed last; see :meth:`certificates` for all steps of a gradual run.
 
         Raises:
             ModelError: If nothing was removed yet.
         """
-        if self._certificate is None:
+        if not self._certificates:
             raise ModelError("PFP has removed nothing yet. Ask for the certificate after fit, or after compress.")
-        return self._certificate
+        return self._certificates[-1]
+
+    def certificates(self) -> tuple[Certificate, ...]:
+        """Return the guarantees of the steps of a gradual run that removed something, each for the layers as they were before that step."""
+        return tuple(self._certificates)
 
     def score_units(self, task: Task, structure: Structure, kept: NDArray[np.bool_]) -> Floats:
         """Return the logarithm of the ``eps`` above which every unit leaves.
@@ -540,6 +546,10 @@ class PFP(Masking):
             return official_weight(mass, seen.sights[layer].patches, taps, self.delta)
         return weight_of(mass, 2 * seen.triples(layer), self.delta)
 
+    def forget(self) -> None:
+        """Forget the guarantees so far: a new run begins."""
+        self._certificates = []
+
     @property
     def gathers(self) -> bool:
         """Whether layers on one stream may read different channels of it."""
@@ -572,11 +582,12 @@ class PFP(Masking):
             own_factors[list(taken)] = 1.0  # what they contribute stays, in biases
         errors = seen.errors(factors)
         rows = [
-            self._guarantee(seen, reader, chosen, dropped[reader.layer], taken, errors.get(reader.layer, 0.0))
+            self._guarantee(seen, reader, chosen, dropped[reader.layer], gone, taken, errors.get(reader.layer, 0.0))
             for reader in seen.readers
             if dropped[reader.layer][reader.units[reader.units >= 0]].any()
         ]
-        self._certificate = Certificate(self.mode, seen.samples, seen.needed, tuple(rows))
+        if rows:
+            self._certificates.append(Certificate(self.mode, seen.samples, seen.needed, tuple(rows)))
         self._seen = None
         changes = (*absorptions(taken.values()), *scalings(task.model, seen.readers, gains))
         return _Choice(scores.structure, scores.values, gone, stays, columns, changes)
@@ -587,11 +598,13 @@ class PFP(Masking):
         reader: Reader,
         chosen: Sequence[Chosen],
         dropped: NDArray[np.bool_],
+        gone: NDArray[np.bool_],
         taken: Collection[int],
         error: float,
     ) -> Guarantee:
-        """Return what holds for a layer: what was left out for certain, and what a draw did to the rest."""
+        """Return what holds for a layer: what was left out for certain, and what a draw did to the rest; masked units are not read any more."""
         units, layer = np.unique(reader.units[reader.units >= 0]), reader.layer
+        units = units[~gone[units]]
         shares = seen.sights[layer].shares.double().cpu().numpy()
         shares[list(taken)] = 0.0
         own = [(p, c) for p, c in zip(self._populations, chosen, strict=True) if np.isin(p.units, units).any()]
@@ -605,7 +618,7 @@ class PFP(Masking):
             triples = 2 * len(drawn) * seen.triples(layer)
             knobs = [
                 # for all numbers of draws at once, since the draws themselves decide when they end: the sum of 1 / (m (m + 1)) is 1
-                float(knob_of(c.draws, weight_of(times * c.mass, triples, self.delta / (c.draws * (c.draws + 1)))))
+                float(knob_of(c.draws, weight_of(times * c.mass, triples * c.draws * (c.draws + 1), self.delta)))
                 for c in drawn
             ]
             return times * certain + max(knobs, default=0.0)
@@ -625,21 +638,26 @@ class PFP(Masking):
         )
 
     def exhibits(self) -> Sequence[Exhibit]:
-        """Return the guarantee."""
-        if self._certificate is None:
-            return ()
-        text = (
-            "Every layer that reads fewer channels, for the inputs it had: no output is off by more than eps times the sum of the absolute "
-            "contributions, with probability 1 - delta, on the calibration data; measured is the largest error found there, unseen the bound for "
-            f"other data. It holds if {self._certificate.assumption}."
-        )
-        rows = [dataclasses.asdict(row) for row in self._certificate.rows]
-        return (Exhibit(f"PFP, {self.mode}: what is guaranteed", text, rows),)
+        """Return the guarantees."""
+        found = []
+        for number, certificate in enumerate(self._certificates, 1):
+            step = f", step {number} of {len(self._certificates)}" if len(self._certificates) > 1 else ""
+            text = (
+                "Every layer that reads fewer channels than before, for the inputs it had: no output on the calibration data is off by more than "
+                "eps times the sum of the absolute contributions to it, for certain, or with probability 1 - delta where delta is not 0; from "
+                "eps = 1 on that says nothing (vacuous). measured: the largest error found there. triples: samples times outputs times positions. "
+                "mass, draws: sum of the sensitivities, and number of draws (expected to hit as many channels, where nothing was drawn). unseen: "
+                "the bound for other data, if "
+                f"{certificate.assumption}."
+            )
+            rows = [dataclasses.asdict(row) for row in certificate.rows]
+            found.append(Exhibit(f"PFP, {certificate.mode}{step}: what is guaranteed", text, rows))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resume needs, and the guarantee."""
-        told = None if self._certificate is None else json.dumps(self._certificate.to_dict())
-        return super().state_dict() | {"certificate": told}
+        """Return what a resume needs, and the guarantees."""
+        told = json.dumps([certificate.to_dict() for certificate in self._certificates])
+        return super().state_dict() | {"certificates": told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint.
@@ -648,8 +666,7 @@ class PFP(Masking):
             CheckpointError: If this callback was configured otherwise when the checkpoint was written.
         """
         super().load_state_dict(state)
-        told = state["certificate"]
-        self._certificate = None if told is None else Certificate.from_dict(json.loads(told))
+        self._certificates = [Certificate.from_dict(told) for told in json.loads(state["certificates"])]
 
 
 def drawn_together(structure: Structure, kept: NDArray[np.bool_]) -> Iterable[NDArray[np.int64]]:

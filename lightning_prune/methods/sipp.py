@@ -12,10 +12,10 @@ it was on average; or the highest sensitivities are kept as they are.
 - ``hybrid``: as ``random``, but rows whose ``C`` times the sum of what is left out is below their bound keep their highest sensitivities.
 
 Where we differ from the authors' code: outputs of any size count, not only those above 1.19e-7, so that scaling changes nothing; and exactly the
-share asked for leaves. For the latter all rows' draws are lengthened or shortened by one factor until as many different weights have been met, so
-the estimate is unbiased for numbers of draws that are given, and nearly so for those that are found. Weights without a share on the calibration data
-leave first. ``official=True`` (deterministic) has the authors' threshold, and what has no gradient on the calibration data once the others are gone
-counts as removed, as after their propagation: so many are ranked out that the share is met with it.
+share asked for leaves. For the latter all rows' draws go on together until one weight more than stay would be met (:meth:`Lottery.factors`), which
+leaves no bias but in rows of which all weights happen to be met, or none. Weights without a share on the calibration data leave first.
+``official=True`` (deterministic) has the authors' threshold, and what has no gradient on the calibration data once the others are gone counts as
+removed, as after their propagation: so many are ranked out that the share is met with it.
 
 A row that loses nothing is not re-weighted. Re-weighting happens once, when masks are chosen, to the weights as they are then.
 """
@@ -160,6 +160,7 @@ class Lottery:
     Attributes:
         shares: Sensitivities, the rows of positive weights before those of negative ones, ``[rows, entries]``, float64.
         expected: Draws per row, whole numbers.
+        phase: What each row is ahead of whole draws, in [0, 1), so that no two rows draw at once, ``[rows]``.
         drawn: The draws of the rows that are sampled, more than twice as many as expected.
         times: When an entry is met first, ``[rows, entries]``. Rows of which all shall stay are met at once; rows that keep their highest
             shares in that order; what is not drawn comes late, and what has no share last.
@@ -167,6 +168,7 @@ class Lottery:
 
     shares: Tensor
     expected: Tensor
+    phase: Tensor
     drawn: Mapping[int, Tensor]
     times: Tensor
 
@@ -183,6 +185,7 @@ class Lottery:
         most = (shares > 0).sum(1)
         probabilities = shares / shares.sum(1, keepdim=True).clamp_min(1e-300)
         expected = draws_for(probabilities, distinct, _PATIENCE * most)
+        phase = torch.rand(len(shares), generator=generator, dtype=torch.float64)
         times, drawn = torch.where(shares > 0, _LATE - shares, 2 * _LATE), {}
         for row in range(len(shares)):
             if distinct[row] >= most[row] - 1e-6:
@@ -195,24 +198,32 @@ class Lottery:
                 drawn[row] = torch.multinomial(probabilities[row], many, replacement=True, generator=generator)
                 first = torch.full_like(times[row], torch.inf)
                 first.scatter_reduce_(0, drawn[row], torch.arange(1, many + 1, dtype=first.dtype), "amin")
-                times[row] = torch.where(first < torch.inf, first / expected[row], times[row])
-        return cls(shares, expected, drawn, times)
+                times[row] = torch.where(first < torch.inf, (first - phase[row]) / expected[row], times[row])
+        return cls(shares, expected, phase, drawn, times)
 
-    def factors(self, stays: Tensor) -> Tensor:
-        """Return by what entries are multiplied, ``[rows, entries]``: 0 for those that leave, 1 where nothing leaves or nothing was drawn.
+    def next_met(self, stays: Tensor) -> float:
+        """Return when the first entry is met that does not stay; infinite if none is.
 
         Args:
             stays: Which entries stay, boolean.
         """
-        rows, found = sorted(self.drawn), stays.double()
-        times, stay = self.times[rows], stays[rows]
-        met = times < _LATE - 1
-        last, later = float(times[met & stay].max()) if bool((met & stay).any()) else 0.0, times[met & ~stay]
-        end = (last + float(later.min())) / 2 if len(later) else last  # any moment until the next is met would do
+        later = self.times[(self.times < _LATE - 1) & ~stays]
+        return float(later.min()) if len(later) else math.inf
+
+    def factors(self, stays: Tensor, end: float) -> Tensor:
+        """Return by what entries are multiplied, ``[rows, entries]``: 0 for those that leave, 1 where nothing leaves or nothing was drawn.
+
+        Args:
+            stays: Which entries stay, boolean.
+            end: When the next entry of all that compete is met. The draws before that moment count: that they end there does not depend on
+                their order, so that each is as likely any of those met, and the factors have no bias.
+        """
+        found = stays.double()
         for row, draws in self.drawn.items():
             if bool((stays[row] | (self.shares[row] == 0)).all()):
                 continue
-            many = min(len(draws), max(1, int(end * self.expected[row])))
+            before = end * float(self.expected[row]) + float(self.phase[row])
+            many = len(draws) if before >= len(draws) else max(1, math.ceil(before) - 1)
             factors = reweighting(draws[:many], self.shares[row] / self.shares[row].sum())
             found[row] = torch.where(stays[row] & (factors > 0), factors, found[row])
         return found
@@ -370,10 +381,11 @@ class SiPP(WeightPruning):
             for name, lottery in lotteries.items()
         }
         stays = select_weights(scores, kept, count, self.scope, self.min_kept)
-        factors = {}
+        factors, stay_by_sign = {}, {name: mask.flatten(1).repeat(2, 1) for name, mask in stays.items()}
+        ends = {name: lottery.next_met(stay_by_sign[name]) for name, lottery in lotteries.items()}
         for name, lottery in lotteries.items():
-            stay = stays[name].flatten(1).repeat(2, 1)
-            own = torch.where(rows[name] > 0, lottery.factors(stay), 0).view(2, *stays[name].shape).sum(0)
+            stay, end = stay_by_sign[name], min(ends.values()) if self.scope == "global" else ends[name]
+            own = torch.where(rows[name] > 0, lottery.factors(stay, end), 0).view(2, *stays[name].shape).sum(0)
             factors[name] = torch.where(own > 0, own, stays[name].double())
         return factors
 

@@ -486,7 +486,7 @@ def rank_scores(rank, folder, model, data):
         dist.all_reduce(tensor)
         return tensor / 2
 
-    task = task_of(model, data[rank], mean=mean)
+    task = task_of(model, data[rank], reduce=lambda tensor, _how: mean(tensor))
     scores = score(task, temperature=5.0, logits_module="5", calibration_batches=9)
     torch.save((scores, sizes), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

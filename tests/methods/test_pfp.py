@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lit import LitNet, loader
 from networks import BasicBlock
+from pytorch_lightning import Trainer
 from torch import nn
 
 from lightning_prune import PFP, compress, count_flops, explain
@@ -322,6 +324,79 @@ def test_a_second_stage_goes_on_from_layers_that_gather():
     plan.build(fresh)
     fresh.load_state_dict(less.state_dict(), strict=False)
     assert torch.equal(fresh(batches()[0][0]), less(batches()[0][0]))
+
+
+def test_every_step_of_a_gradual_run_has_its_guarantee(tmp_path):
+    model = LitNet()
+    method = PFP(flops=0.5, align=1, until_epoch=3)
+    Trainer(
+        max_epochs=4,
+        callbacks=[method],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(model, loader())
+    steps = method.certificates()
+    assert len(steps) > 1
+    assert steps[-1] == method.certificate()
+    left = {}
+    for step in steps:
+        for row in step.rows:
+            assert row.read == left.get(row.layer, row.read)  # what the step before left
+            assert row.kept < row.read
+            assert row.measured <= row.eps + 1e-6
+            left[row.layer] = row.kept
+    assert left
+    for layer, kept in left.items():
+        units = model.get_submodule(layer).weight.shape[1]
+        assert units % kept == 0  # several inputs per unit behind flatten
+    again = PFP(flops=0.5, align=1, until_epoch=3)
+    again.load_state_dict(method.state_dict())
+    assert again.certificates() == steps
+
+
+def test_constants_of_double_models_are_told_in_double_precision():
+    model = nn.Sequential(nn.Linear(3, 12), nn.Linear(12, 4)).double().eval()
+    with torch.no_grad():
+        model[0].weight[:6], model[0].bias[:6] = 0, torch.rand(6).double() * 1000
+    x = torch.randn(200, 3, dtype=torch.float64)
+    small, _ = compress(model, PFP(flops=0.5, align=1), x, [x])
+    assert torch.allclose(small(x), model(x), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)), torch.randn(3, 8, 9)),
+        (nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(5)),
+    ],
+)
+def test_inputs_without_a_batch_and_batches_without_a_sample_are_taken(model, x):
+    method, batched = PFP(params=0.5, align=1), PFP(params=0.5, align=1)
+    compress(model, method, x, [x[None][:0], x])
+    compress(model, batched, x[None], [x[None]])
+    one, two = (json.loads(json.dumps(m.certificate().to_dict()["rows"])) for m in (method, batched))
+    assert one == [pytest.approx(row) for row in two]
+
+
+def test_outputs_that_underflow_are_neither_promised_nor_measured():
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-20), model[0].bias.mul_(1e-20), model[2].weight.mul_(1e-20)
+    x = torch.randn(64, 8)
+    method = PFP(flops=0.5, align=1)
+    compress(model, method, x, [x])
+    assert all(row.measured <= row.eps for row in method.certificate().rows)
+
+
+def test_a_delta_may_be_as_small_as_a_number_can_be(net):
+    method = PFP(flops=0.5, mode="random", align=1, delta=1e-300)
+    compress(net, method, X, batches())
+    assert all(0 < row.eps < math.inf for row in method.certificate().rows)
+    assert samples_needed(100, 10, 5e-324) > 2000
 
 
 def product(layer, x, weight):

@@ -549,7 +549,11 @@ def test_a_step_of_one_stage_may_be_of_a_layer_that_gathers_already():
 
 
 @pytest.mark.parametrize(
-    ("layer", "faster", "slower"),  # numbers of inputs read that were timed as such (tests/benchmarks/test_gather.py)
+    (
+        "layer",
+        "faster",
+        "slower",
+    ),  # numbers of inputs read that were timed as such (tests/benchmarks/test_gather_speed.py)
     [
         (nn.Conv2d(128, 128, 3), (112, 96, 64, 32), (127, 120)),
         (nn.Conv2d(64, 64, 3), (48, 32, 16), (60, 56)),
