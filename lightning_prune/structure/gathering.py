@@ -150,8 +150,8 @@ def gather_pays(layer: nn.Module, kept: int, of: int | None = None) -> bool:
     Kernels work on blocks of 16 channels, so that fewer of these must be left; and what a gathered value costs must be worth the multiply-adds
     that it saves: 64 of a convolution, which gathers whole planes, 512 of a linear layer, which gathers single numbers.
 
-    Measured with onnxruntime 1.31 and torch 2.13, one and two threads of an x86 processor with AVX-512, float32, the stream out of a 1x1
-    convolution that is timed with it, batch 1 and 16: 3x3 convolutions of 64 to 256 channels at 8x8 to 32x32 run at 1.2, 1.7 and 2.7 times the
+    Measured with onnxruntime 1.31 and torch 2.13, one thread of an x86 processor with AVX-512, float32, the stream out of a 1x1 convolution
+    that is timed with it, batch 1 and 16: 3x3 convolutions of 64 to 256 channels at 8x8 to 32x32 run at 1.2, 1.7 and 2.7 times the
     dense speed with 3/4, 1/2 and 1/4 of the channels; of 32 channels at 0.95, 1.5 and 2.1; with 15/16 at 1.0. 1x1 convolutions at 1.0 with 3/4
     where they narrow, at 1.1 to 1.5 with 1/2. Linear layers of 64 features below 1 with any share, of 256 at 0.9 with 1/2 and 1.15 with 1/4.
 
