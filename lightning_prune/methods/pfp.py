@@ -336,7 +336,7 @@ class ProvableRemoval(ChannelRemoval):
         stays, columns = self._select(task, scores, share)
         for layer, flags in masked.items():
             columns[layer] = columns.get(layer, flags) & flags
-        return self.pfp.choice(task, scores, stays, columns)
+        return self.pfp.choice(task, scores, stays, columns, masked)
 
     def _select(
         self, task: Task, scores: UnitScores, share: float
@@ -555,7 +555,9 @@ class PFP(Masking):
         """Whether layers on one stream may read different channels of it."""
         return self.gather and self.mode == "deterministic"
 
-    def choice(self, task: Task, scores: UnitScores, stays: NDArray[np.bool_], columns: Columns) -> _Choice:
+    def choice(
+        self, task: Task, scores: UnitScores, stays: NDArray[np.bool_], columns: Columns, masked: Columns
+    ) -> _Choice:
         """Choose as many units of every population as the budget leaves of it, and measure the error; on every rank the same.
 
         Args:
@@ -563,6 +565,7 @@ class PFP(Masking):
             scores: What :meth:`score_units` returned.
             stays: How many stay, ``[units]``, boolean.
             columns: Which units layers that gather go on to read, likewise, by layer.
+            masked: Which they have read so far.
         """
         seen, gone = self._seen, scores.gone
         assert seen is not None  # score_units() comes first
@@ -576,13 +579,16 @@ class PFP(Masking):
                 stays[units[own.units]], gains[units[own.units]] = True, own.gains
             chosen.append(own)
         taken = {unit: values for unit, values in self._free.items() if not stays[unit] and not gone[unit]}
-        dropped = {r.layer: ~(stays & columns.get(r.layer, stays)) & ~gone for r in seen.readers}
+        unread = {r.layer: gone | ~masked.get(r.layer, ~gone) for r in seen.readers}
+        dropped = {r.layer: ~(stays & columns.get(r.layer, stays)) & ~unread[r.layer] for r in seen.readers}
         factors = {layer: np.where(out, 0.0, gains) for layer, out in dropped.items()}
         for own_factors in factors.values():
             own_factors[list(taken)] = 1.0  # what they contribute stays, in biases
         errors = seen.errors(factors)
         rows = [
-            self._guarantee(seen, reader, chosen, dropped[reader.layer], gone, taken, errors.get(reader.layer, 0.0))
+            self._guarantee(
+                seen, reader, chosen, dropped[reader.layer], unread[reader.layer], taken, errors.get(reader.layer, 0.0)
+            )
             for reader in seen.readers
             if dropped[reader.layer][reader.units[reader.units >= 0]].any()
         ]
@@ -598,13 +604,13 @@ class PFP(Masking):
         reader: Reader,
         chosen: Sequence[Chosen],
         dropped: NDArray[np.bool_],
-        gone: NDArray[np.bool_],
+        unread: NDArray[np.bool_],
         taken: Collection[int],
         error: float,
     ) -> Guarantee:
-        """Return what holds for a layer: what was left out for certain, and what a draw did to the rest; masked units are not read any more."""
+        """Return what holds for a layer: what was left out for certain, and what a draw did to the rest; what is masked is not read."""
         units, layer = np.unique(reader.units[reader.units >= 0]), reader.layer
-        units = units[~gone[units]]
+        units = units[~unread[units]]
         shares = seen.sights[layer].shares.double().cpu().numpy()
         shares[list(taken)] = 0.0
         own = [(p, c) for p, c in zip(self._populations, chosen, strict=True) if np.isin(p.units, units).any()]

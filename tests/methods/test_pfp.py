@@ -12,7 +12,7 @@ import pytest
 import torch
 from lit import LitNet, loader
 from networks import BasicBlock
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 
 from lightning_prune import PFP, compress, count_flops, explain
@@ -326,8 +326,32 @@ def test_a_second_stage_goes_on_from_layers_that_gather():
     assert torch.equal(fresh(batches()[0][0]), less(batches()[0][0]))
 
 
-def test_every_step_of_a_gradual_run_has_its_guarantee(tmp_path):
-    model = LitNet()
+class Wide(LightningModule):
+    """A residual network wide enough that gathering pays; ``[N, 1, 8, 8]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = torch.zeros(2, 1, 8, 8)
+        self.stem, self.first, self.second = (
+            nn.Conv2d(1, 64, 3, padding=1),
+            BasicBlock(64, 64, 1),
+            BasicBlock(64, 72, 2),
+        )
+        self.head = nn.Linear(72, 4)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(torch.relu(self.stem(x)))).mean((2, 3)))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("net", [LitNet, Wide])
+def test_every_step_of_a_gradual_run_has_its_guarantee(net, tmp_path):
+    model = net()
     method = PFP(flops=0.5, align=1, until_epoch=3)
     Trainer(
         max_epochs=4,
@@ -353,6 +377,7 @@ def test_every_step_of_a_gradual_run_has_its_guarantee(tmp_path):
     for layer, kept in left.items():
         units = model.get_submodule(layer).weight.shape[1]
         assert units % kept == 0  # several inputs per unit behind flatten
+    assert any("Gathered" in type(module).__name__ for module in model.modules()) == (net is Wide)
     again = PFP(flops=0.5, align=1, until_epoch=3)
     again.load_state_dict(method.state_dict())
     assert again.certificates() == steps
