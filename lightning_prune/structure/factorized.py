@@ -192,7 +192,7 @@ def dense_cost(layer: DenseLayer, shapes: Shapes) -> Cost:
         Parameters and multiply-adds.
     """
     weight = layer.weight.numel()
-    per_position = sum(_positions(layer, output) for _, output in shapes)
+    per_position = sum(positions(layer, output) for _, output in shapes)
     return Cost(weight + _bias(layer), weight * per_position)
 
 
@@ -212,7 +212,7 @@ def cost(layer: DenseLayer, kind: Kind, rank: int, shapes: Shapes) -> Cost:
     first, second = _factor_sizes(layer, kind)
     flops = 0
     for inputs, outputs in shapes:
-        after = _positions(layer, outputs)
+        after = positions(layer, outputs)
         middle = after // outputs[-1] * inputs[-1] if kind == "spatial" else after
         flops += first * middle + second * after
     return Cost(rank * (first + second) + _bias(layer), rank * flops)
@@ -234,6 +234,20 @@ def break_even_rank(layer: DenseLayer, kind: Kind, shapes: Shapes) -> int:
         return 0
     by_params = (dense.params - _bias(layer) - 1) // (unit.params - _bias(layer))
     return min(by_params, (dense.flops - 1) // unit.flops, rank_limit(layer, kind))
+
+
+def positions(layer: DenseLayer, shape: Sequence[int]) -> int:
+    """Count the places of a map: batch times spatial extent, or the rows of a Linear. At each of the output a weight is applied.
+
+    Args:
+        layer: A plain Linear, Conv1d, Conv2d or Conv3d.
+        shape: Of its input or output, with or without a batch.
+    """
+    if isinstance(layer, nn.Linear):
+        return math.prod(shape[:-1])
+    extent = len(layer.kernel_size)
+    batch = shape[0] if len(shape) == extent + 2 else 1
+    return batch * math.prod(shape[-extent:])
 
 
 def _checked(layer: nn.Module, kind: Kind, rank: int) -> DenseLayer:
@@ -273,15 +287,6 @@ def _factor_sizes(layer: DenseLayer, kind: Kind) -> tuple[int, int]:
     if kind == "spatial":
         return layer.in_channels * layer.kernel_size[0], layer.out_channels * layer.kernel_size[1]
     return layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
-
-
-def _positions(layer: DenseLayer, output: Sequence[int]) -> int:
-    """Number of places at which the weight is applied: batch times spatial extent, or the rows that a Linear sees."""
-    if isinstance(layer, nn.Linear):
-        return math.prod(output[:-1])
-    extent = len(layer.kernel_size)
-    batch = output[0] if len(output) == extent + 2 else 1
-    return batch * math.prod(output[-extent:])
 
 
 def _bias(layer: DenseLayer) -> int:

@@ -12,11 +12,12 @@ from lightning_prune.structure.steps.cut import Cut
 from lightning_prune.structure.steps.factorize import Factorize
 from lightning_prune.structure.steps.gather import GatherInputs
 from lightning_prune.structure.steps.mask import MaskWeight, pack_bits, unpack_bits
+from lightning_prune.structure.steps.rotate import Rotate
 from lightning_prune.structure.steps.scale import ScaleInputs
 
 STEPS: dict[str, type[Step]] = {
     kind.action: kind
-    for kind in (MaskWeight, AbsorbConstants, ScaleInputs, Factorize, KeepChannels, GatherInputs, OpenHeads)
+    for kind in (MaskWeight, AbsorbConstants, ScaleInputs, Factorize, Rotate, KeepChannels, GatherInputs, OpenHeads)
 }
 
 
@@ -49,6 +50,7 @@ __all__ = [
     "KeepChannels",
     "MaskWeight",
     "OpenHeads",
+    "Rotate",
     "ScaleInputs",
     "Step",
     "pack_bits",
