@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.curvature.hvp import second_derivative
+from lightning_prune.curvature.labels import along, check_apart, check_finite, likelihood_of, output_gradient
 from lightning_prune.curvature.products import Product
-from lightning_prune.errors import ModelError
 
 log = logging.getLogger(__name__)
 _ONCE = "Take curvature='ggn' or 'fisher' with logits_module=, or order='lm'."
@@ -49,15 +49,15 @@ def exact_cotangents(loss: Tensor, outputs: Tensor) -> Tensor:
     Raises:
         ModelError: If the loss does not depend on the outputs, samples meet in it, or it is not finite.
     """
-    gradient = _gradient(loss, outputs)
+    gradient = output_gradient(loss, outputs)
     samples, width = len(outputs), outputs[0].numel()
     columns = []
     for index in range(width):
         direction = torch.zeros(samples, width, dtype=outputs.dtype, device=outputs.device)
         direction[:, index] = 1
-        columns.append(_hessian_times(gradient, outputs, direction.view_as(outputs)).reshape(samples, width))
-    _check_apart(gradient, outputs)
-    hessian = _finite(torch.stack(columns, 2).double())
+        columns.append(along(gradient, outputs, direction.view_as(outputs)).reshape(samples, width))
+    check_apart(gradient, outputs)
+    hessian = check_finite(torch.stack(columns, 2).double())
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     values = values.clamp_min(0)
     found: Tensor = (vectors * values.sqrt().unsqueeze(1)).permute(2, 0, 1)
@@ -66,14 +66,15 @@ def exact_cotangents(loss: Tensor, outputs: Tensor) -> Tensor:
 
 
 def sampled_cotangents(loss: Tensor, outputs: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Draw labels from the model: an unbiased estimate of :func:`exact_cotangents` for softmax cross-entropy.
+    """Draw labels from the model: an unbiased estimate of :func:`exact_cotangents` for a loss whose labels can be drawn.
 
-    That is the Monte-Carlo Fisher information, ``u = sqrt(w / draws) (softmax(z) - onehot(label))``. The weight ``w`` of a term, such as
-    ``1 / samples``, class weights and terms that are ignored, is read off the loss.
+    That is the Monte-Carlo Fisher information, for softmax ``u = sqrt(w / draws) (softmax(z) - onehot(label))``; see
+    :mod:`lightning_prune.curvature.labels`. The weight ``w`` of a term, such as ``1 / samples``, class weights and terms that are ignored, is read
+    off the loss.
 
     Args:
-        loss: Softmax cross-entropy of ``outputs``, any labels or weights.
-        outputs: Logits, ``[samples, classes]``, ``[samples, classes, *places]`` or ``[samples, *places, classes]``, with a graph.
+        loss: Softmax or sigmoid cross-entropy or squared error of ``outputs``, any labels or weights.
+        outputs: Logits or predictions, ``[samples, ...]``; classes lie along axis 1 or the last.
         draws: Labels per term.
         generator: Source of randomness, on the device of ``outputs``.
 
@@ -81,64 +82,11 @@ def sampled_cotangents(loss: Tensor, outputs: Tensor, draws: int, generator: tor
         ``[draws, *outputs.shape]``, float64.
 
     Raises:
-        ModelError: If the loss is no softmax cross-entropy, or not finite.
+        ModelError: If the loss is none of these, or not finite.
     """
-    gradient = _gradient(loss, outputs)
-    probe = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-    curved = _finite(_hessian_times(gradient, outputs, probe).double())
-    for axis in dict.fromkeys((min(1, outputs.ndim - 1), outputs.ndim - 1)):
-        share = outputs.detach().double().softmax(axis)
-        expected = share * (probe - (share * probe).sum(axis, keepdim=True))
-        norm = expected.square().sum(axis, keepdim=True)
-        weight = (curved * expected).sum(axis, keepdim=True) / norm.clamp_min(torch.finfo(torch.float64).tiny)
-        if (curved - weight * expected).abs().max() <= 1e-3 * curved.abs().max():
-            rows = share.movedim(axis, -1)
-            labels = torch.multinomial(rows.reshape(-1, rows.shape[-1]), draws, replacement=True, generator=generator)
-            drawn = torch.nn.functional.one_hot(labels.T.reshape(draws, *rows.shape[:-1]), rows.shape[-1])
-            return (share - drawn.movedim(-1, axis + 1)) * (weight.clamp_min(0) / draws).sqrt()
-    raise ModelError(
-        f"The loss is no softmax cross-entropy of the outputs (shape {tuple(outputs.shape)}), so labels cannot be drawn from the model. "
-        "Check which module gives the logits, or take curvature='ggn' (any loss, a pass per output) or curvature='hutchinson' (the loss alone)."
-    )
-
-
-def _gradient(loss: Tensor, outputs: Tensor) -> Tensor:
-    gradient: Tensor | None
-    _finite(loss)
-    (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
-    if gradient is None:
-        raise ModelError(
-            f"The loss does not depend on the outputs (shape {tuple(outputs.shape)}) whose curvature is asked for. "
-            "Name the module that gives the logits."
-        )
-    return gradient
-
-
-def _finite(values: Tensor) -> Tensor:
-    if not bool(values.isfinite().all()):
-        raise ModelError(
-            "The loss of a batch, its logits or their curvature are not finite. Look for a diverged training, a loss that overflows, or batches "
-            "with nothing to average over."
-        )
-    return values
-
-
-def _hessian_times(gradient: Tensor, outputs: Tensor, vector: Tensor) -> Tensor:
-    if not gradient.requires_grad:  # a loss that is linear in its outputs
-        return torch.zeros_like(outputs)
-    (product,) = torch.autograd.grad(gradient, outputs, vector, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(outputs) if product is None else product
-
-
-def _check_apart(gradient: Tensor, outputs: Tensor) -> None:
-    """Raise if samples meet in the loss: moving the outputs of the first half must not change the gradients of the others."""
-    half = len(outputs) // 2
-    direction = torch.zeros_like(outputs)
-    direction[:half] = 1 + torch.rand(outputs[:half].shape, generator=torch.Generator().manual_seed(0)).to(outputs)
-    if half and _hessian_times(gradient, outputs, direction)[half:].abs().max() > 0:
-        raise ModelError(
-            "Samples of a batch meet in the loss, as in a contrastive one; it has no curvature sample by sample. Take curvature='hutchinson'."
-        )
+    remedy = "Check which module gives the logits, or take curvature='ggn' (any loss, a pass per output) or curvature='hutchinson' (the loss alone)."
+    found = likelihood_of(loss, outputs, remedy=remedy)
+    return found.draw(outputs, draws, generator) * (found.weight / draws).sqrt()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +103,8 @@ class _Weight:
 
     def sides(self, products: Sequence[Product], gradients: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
         """Return the sides of all products, joined along their positions: the gradient is the sum over all."""
-        pairs = [products[place].sides(gradients[place], layout, samples) for place, layout in self.products]
-        rows, columns = zip(*pairs, strict=True)
-        return _joined(rows), _joined(columns)
+        places, layouts = zip(*self.products, strict=True)
+        return joined_sides([products[p] for p in places], [gradients[p] for p in places], layouts, samples)
 
 
 class GaussNewton:
@@ -232,19 +179,9 @@ class GaussNewton:
         return self._known[signature]
 
     def _find_layout(self, products: Sequence[Product], outputs: Tensor) -> tuple[list[_Weight], list[str]]:
-        samples, fixed = len(outputs), torch.Generator().manual_seed(0)
-        edges = [product.edge for product in products]
-        cotangent = torch.randn(outputs.shape, generator=fixed).to(outputs)
-        factors = torch.pow(2.0, torch.randint(-4, 4, (samples,), generator=fixed)).to(outputs)  # round nothing
-        found = _grad(outputs, [*edges, *self.weights.values()], cotangent)
-        scaled = _grad(outputs, edges, cotangent * _along(factors, outputs)) if edges else ()
-        gradients = [_or_zero(g, product) for g, product in zip(found, products, strict=False)]
-        layouts = [
-            next((b for b in product.layouts(samples) if _fits(g, _or_zero(s, product), b, factors)), 0)
-            for product, g, s in zip(products, gradients, scaled, strict=True)
-        ]
+        layouts, gradients, totals = _probed(products, outputs, list(self.weights.values()))
         seen, unseen = [], []
-        for name, total in zip(self.weights, found[len(edges) :], strict=True):
+        for name, total in zip(self.weights, totals, strict=True):
             if total is None:
                 continue  # no output depends on it: nothing to add
             own: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -252,7 +189,7 @@ class GaussNewton:
                 if product.name == name:
                     own.setdefault(product.rows, []).append((place, layouts[place]))
             parts = [_Weight(name, rows, tuple(places)) for rows, places in sorted(own.items())]
-            if self._complete(parts, products, gradients, total, samples):
+            if self._complete(parts, products, gradients, total, len(outputs)):
                 seen += parts
             else:
                 unseen.append(name)
@@ -273,6 +210,46 @@ class GaussNewton:
             rest += torch.einsum("rngal,rngbl->gab", rows.double(), columns.double()).view_as(rest)
         near = float(total.abs().max()) * torch.finfo(total.dtype).eps ** 0.5  # sums in another order
         return torch.allclose(summed, total.double(), rtol=0, atol=near)
+
+
+def layouts_of(products: Sequence[Product], outputs: Tensor) -> list[int]:
+    """Return where the samples lie in every product, as :meth:`~lightning_prune.curvature.products.Product.layouts` counts it; 0 where nowhere.
+
+    Args:
+        products: What was seen while the outputs were computed.
+        outputs: ``[samples, ...]``, with the graph of that run, which is kept.
+    """
+    possible = [product.layouts(len(outputs)) for product in products]
+    if all(len(places) < 2 for places in possible):
+        return [places[0] if places else 0 for places in possible]
+    return _probed(products, outputs, [])[0]
+
+
+def _probed(
+    products: Sequence[Product], outputs: Tensor, weights: Sequence[Tensor]
+) -> tuple[list[int], list[Tensor], tuple[Tensor | None, ...]]:
+    """Return the layouts of products, found by gradients, and such gradients: of the outputs of the products, and of weights."""
+    samples, fixed = len(outputs), torch.Generator().manual_seed(0)
+    edges = [product.edge for product in products]
+    cotangent = torch.randn(outputs.shape, generator=fixed).to(outputs)
+    factors = torch.pow(2.0, torch.randint(-4, 4, (samples,), generator=fixed)).to(outputs)  # round nothing
+    found = _grad(outputs, [*edges, *weights], cotangent)
+    scaled = _grad(outputs, edges, cotangent * _along(factors, outputs)) if edges else ()
+    gradients = [_or_zero(g, product) for g, product in zip(found, products, strict=False)]
+    layouts = [
+        next((b for b in product.layouts(samples) if _fits(g, _or_zero(s, product), b, factors)), 0)
+        for product, g, s in zip(products, gradients, scaled, strict=True)
+    ]
+    return layouts, gradients, found[len(edges) :]
+
+
+def joined_sides(
+    products: Sequence[Product], gradients: Sequence[Tensor], layouts: Sequence[int], samples: int
+) -> tuple[Tensor, Tensor]:
+    """Return the sides of several products with one weight, joined along their positions; see :meth:`Product.sides`."""
+    pairs = [p.sides(g, b, samples) for p, g, b in zip(products, gradients, layouts, strict=True)]
+    rows, columns = zip(*pairs, strict=True)
+    return _joined(rows), _joined(columns)
 
 
 def _grad(outputs: Tensor, inputs: Sequence[object], cotangent: Tensor) -> tuple[Tensor | None, ...]:

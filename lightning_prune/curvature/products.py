@@ -27,6 +27,11 @@ class Geometry:
     groups: int
     transposed: bool
 
+    @property
+    def pads(self) -> list[int]:
+        """The padding as :func:`torch.nn.functional.pad` takes it."""
+        return [side for pair in reversed(self.padding) for side in pair]
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -83,10 +88,9 @@ class Product:
         if geometry is None:
             sides = [side.reshape(len(side), -1, 1, side.shape[-1], 1) for side in (gradients, x)]
         elif geometry.transposed:
-            patches = _patches(gradients, self.kernel, geometry, self.x.shape[2:])
-            sides = [_grouped(x, geometry.groups), patches]
+            sides = [_grouped(x, geometry.groups), patches(gradients, self.kernel, geometry, self.x.shape[2:])]
         else:
-            sides = [_grouped(gradients, geometry.groups), _patches(x, self.kernel, geometry, self.shape[2:])]
+            sides = [_grouped(gradients, geometry.groups), patches(x, self.kernel, geometry, self.shape[2:])]
         rows, columns = (_by_sample(side, before, samples) for side in sides)
         return rows, columns
 
@@ -103,18 +107,16 @@ def _grouped(tensor: Tensor, groups: int) -> Tensor:
     return tensor.reshape(*tensor.shape[:2], groups, tensor.shape[2] // groups, -1)
 
 
-def _patches(tensor: Tensor, kernel: Sequence[int], geometry: Geometry, places: Sequence[int]) -> Tensor:
+def patches(tensor: Tensor, kernel: Sequence[int], geometry: Geometry, places: Sequence[int]) -> Tensor:
     """Return what the kernel covers at each of ``places`` positions, ``[cotangents, batch, groups, channels of a group * kernel, positions]``."""
     axes = len(kernel)
-    flat = tensor.flatten(0, 1)
-    patches = F.pad(flat, [side for pair in reversed(geometry.padding) for side in pair])
+    found = F.pad(tensor.flatten(0, 1), geometry.pads)
     for axis in range(axes):
         reach = geometry.dilation[axis] * (kernel[axis] - 1) + 1
-        windows = patches.unfold(2 + axis, reach, geometry.stride[axis])
-        patches = windows[..., :: geometry.dilation[axis]].narrow(2 + axis, 0, places[axis])
+        windows = found.unfold(2 + axis, reach, geometry.stride[axis])
+        found = windows[..., :: geometry.dilation[axis]].narrow(2 + axis, 0, places[axis])
     space, inside = list(range(2, 2 + axes)), list(range(2 + axes, 2 + 2 * axes))
-    patches = patches.permute(0, 1, *inside, *space)
-    return patches.reshape(
+    return found.permute(0, 1, *inside, *space).reshape(
         *tensor.shape[:2], geometry.groups, tensor.shape[2] // geometry.groups * math.prod(kernel), -1
     )
 
@@ -151,7 +153,7 @@ def recorded(weights: Mapping[str, Tensor]) -> Iterator[list[Product]]:
         return run
 
     table: dict[str, Callable[..., Geometry | None]] = {"linear": lambda *_, **__: None}
-    table |= {f"conv{n}d": _convolution for n in (1, 2, 3)} | {f"conv_transpose{n}d": _transposed for n in (1, 2, 3)}
+    table |= {f"conv{n}d": convolution for n in (1, 2, 3)} | {f"conv_transpose{n}d": _transposed for n in (1, 2, 3)}
     before = {key: getattr(F, key) for key in table} if weights else {}
     try:
         for key, function in before.items():
@@ -172,7 +174,7 @@ def _rows(weight: Tensor, owner: Tensor) -> tuple[int, int] | None:
     return start, start + len(weight)
 
 
-def _convolution(
+def convolution(
     kernel: tuple[int, ...],
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -180,6 +182,7 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Geometry:
+    """Return the geometry of a convolution with these arguments, those of :func:`torch.nn.functional.conv2d` behind the weight."""
     steps, gaps = _each(stride, kernel), _each(dilation, kernel)
     if isinstance(padding, str):
         total = [gap * (size - 1) if padding == "same" else 0 for gap, size in zip(gaps, kernel, strict=True)]
