@@ -1,14 +1,15 @@
-"""Masks that hold: entries and slices of parameters kept at zero while a model trains."""
+"""Masks that hold: entries, slices and directions of parameters kept at zero while a model trains."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
+from lightning_prune.structure.rotated import Directions, factors_of
+from lightning_prune.structure.steps import KeepChannels, MaskWeight, Rotate, Step
 
 
 class Masks:
@@ -38,18 +39,25 @@ class Masks:
         Args:
             model: The model in the shapes from before ``steps``.
             steps: Of :class:`~lightning_prune.structure.steps.MaskWeight` the entries, of :class:`~lightning_prune.structure.steps.KeepChannels` the
-                slices where the removed channels come from; others are passed over.
+                slices where the removed channels come from, of :class:`~lightning_prune.structure.steps.Rotate` the directions; others are
+                passed over.
+
+        Raises:
+            PlanError: If a step does not hold the directions that stay any more, or its layer is another one.
         """
         tensors = _tensors(model)
         pairs = [(step.key, step.mask) for step in steps if isinstance(step, MaskWeight)]
         for step in steps:
             if isinstance(step, KeepChannels):
                 pairs += [(step.key(name), mask) for name, mask in step.held()]
-        return cls.of((tensors[key], mask) for key, mask in pairs)
+        masks = cls.of((tensors[key], mask) for key, mask in pairs)
+        masks.directions = [_OnDirections.of(s.find(model), s.directions) for s in steps if isinstance(s, Rotate)]
+        return masks
 
     def _set(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.slices: list[tuple[Tensor, int, Tensor]] = []  # whole slices along one axis: cheap
         self.entries: list[tuple[Tensor, Tensor]] = []
+        self.directions: list[_OnDirections] = []
         for parameter, mask in _merged(pairs):
             axes = [axis for axis, size in enumerate(mask.shape) if size > 1]
             if len(axes) == 1 and mask.shape != parameter.shape:
@@ -59,13 +67,14 @@ class Masks:
                 self.entries.append((parameter, mask.to(parameter.device, parameter.dtype)))
 
     def __len__(self) -> int:
-        return len(self.slices) + len(self.entries)
+        return len(self.slices) + len(self.entries) + len(self.directions)
 
     @torch.no_grad()
     def apply_(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Zero the masked entries of the parameters and of whatever state of the same shape ``optimizer`` keeps for them.
 
-        Momentum and second moments of a masked entry would otherwise push it off zero again in the next step.
+        Momentum and second moments of a masked entry would otherwise push it off zero again in the next step. Weights that lose directions are
+        projected, their states are not: second moments belong to entries, of which none is zero for good.
         """
         for parameter, axis, gone in self.slices:
             for tensor in (parameter.data, *_state(optimizer, parameter)):
@@ -74,6 +83,47 @@ class Masks:
             pairs = [(p.data, mask) for p, mask in self.entries]
             pairs += [(t, mask.to(t.dtype)) for p, mask in self.entries for t in _state(optimizer, p)]
             torch._foreach_mul_([tensor for tensor, _ in pairs], [mask for _, mask in pairs])
+        for held in self.directions:
+            held.apply_()
+
+
+class _OnDirections(NamedTuple):
+    """The weight of a layer, held on the directions that stay.
+
+    Attributes:
+        weight: Of its core, ``[N, C, *k]``.
+        bias: Likewise, where it is rotated with the inputs.
+        sides: By axis of the weight, bases of what stays or, if that is thinner, of what leaves; whether it leaves.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    sides: Mapping[int, tuple[Tensor, bool]]
+
+    @classmethod
+    def of(cls, layer: nn.Module, directions: Directions) -> Self:
+        """Hold ``layer``, plain or rotated."""
+        core = factors_of(layer)["core"]
+        computes = torch.promote_types(core.weight.dtype, torch.float32)
+        sides = {}
+        for axis, basis in enumerate((directions.outputs, directions.inputs)):
+            if basis is not None and basis.shape[0] > (kept := basis.shape[1]):
+                leaves = 2 * kept > basis.shape[0]
+                thin = torch.linalg.qr(basis, mode="complete")[0][:, kept:] if leaves else basis
+                sides[axis] = thin.to(core.weight.device, computes), leaves
+        return cls(core.weight, core.bias if directions.augmented else None, sides)
+
+    def apply_(self) -> None:
+        """Project the weight, in its own type or, if that is a half one, in float32."""
+        weight = self.weight.data if self.bias is None else torch.cat([self.weight.data, self.bias.data[:, None]], 1)
+        with torch.autocast(weight.device.type, enabled=False):
+            for axis, (basis, leaves) in self.sides.items():
+                rows = weight.to(basis.dtype).movedim(axis, 0)
+                part = (basis @ (basis.mT @ rows.flatten(1))).view(rows.shape)
+                weight = (rows - part if leaves else part).movedim(0, axis)
+        self.weight.data.copy_(weight[:, : self.weight.shape[1]])
+        if self.bias is not None:
+            self.bias.data.copy_(weight[:, -1])
 
 
 def cut_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

@@ -106,11 +106,6 @@ class Rotate(Step):
         """How many directions stay."""
         return Form(self.inputs, self.outputs, self.separable, self.augmented)
 
-    @property
-    def key(self) -> str:
-        """Full name of the parameter that is projected."""
-        return f"{self.module}.weight" if set(self.before) == {"core"} else f"{self.module}.core.weight"
-
     @functools.cached_property
     def directions(self) -> Directions:
         """The directions that stay.
