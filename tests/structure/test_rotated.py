@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from lightning_prune.structure.groups import find_units
 from lightning_prune.structure.masks import Masks
 from lightning_prune.structure.obstacles import obstacles
 from lightning_prune.structure.plan import Origin, Plan
+from lightning_prune.structure.removal import removal_steps
 from lightning_prune.structure.rotated import (
     Directions,
     Form,
@@ -242,7 +244,7 @@ def test_two_rounds_are_the_nested_product_in_at_most_three_factors(layer, first
     once = rotate(layer, directions(layer, *first))
     with torch.no_grad():  # trained in between: no longer orthogonal
         for p in once.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype)
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype), alpha=0.1)
     kept = directions(once, *second, seed=5)
     twice = rotate(once, kept)
 
@@ -376,7 +378,7 @@ def test_calls_of_a_rotated_layer_are_those_of_its_first_and_last_factor():
     for model in (nn.Sequential(layer), nn.Sequential(rotate(layer, directions(layer, 2, 3)))):
         counted = count_flops(model, x)
         shapes = calls_of("0", model[0], counted.shapes)
-        assert shapes == [(tuple(x.shape), tuple(layer(x).shape))] or list(shapes) == [(x.shape, layer(x).shape)]
+        assert list(shapes) == [(x.shape, layer(x).shape)]
         assert cost(model[0], Form(), shapes) == (params_of(model), counted.total)
     assert list(calls_of("1", model[0], {})) == []
 
@@ -387,12 +389,21 @@ def test_calls_of_a_rotated_layer_are_those_of_its_first_and_last_factor():
 def network(dtype=torch.float64):
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(96, 5)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, stride=2, padding=1),
+        nn.Flatten(),
+        nn.Linear(96, 5),
     ).to(dtype)
 
 
 def plan_for(model, seed=0, **options):
-    kept = {"0": directions(model[0], None, 5, seed), "3": directions(model[3], 4, 3, seed, **options), "5": directions(model[5], 7, None, seed)}
+    kept = {
+        "0": directions(model[0], None, 5, seed),
+        "3": directions(model[3], 4, 3, seed, **options),
+        "5": directions(model[5], 7, None, seed),
+    }
     steps = tuple(Rotate.of(name, model.get_submodule(name), d) for name, d in kept.items())
     return Plan(steps, {}, Origin.of(model, 1))
 
@@ -431,9 +442,17 @@ def test_emulation_projects_the_weight_swaps_it_and_leaves_the_bias_alone():
 def test_a_plan_of_two_stages_builds_what_a_strict_load_fills():
     model = network()
     calls = as_calls(X)
-    small = compact(compact(model, plan_for(model), calls), Plan((),), calls)
+    small = compact(
+        compact(model, plan_for(model), calls),
+        Plan(
+            (),
+        ),
+        calls,
+    )
     later = {"0": (None, 2), "3": (2, 2), "5": (3, None)}
-    steps = tuple(Rotate.of(n, small.get_submodule(n), directions(small.get_submodule(n), *k, 9)) for n, k in later.items())
+    steps = tuple(
+        Rotate.of(n, small.get_submodule(n), directions(small.get_submodule(n), *k, 9)) for n, k in later.items()
+    )
     tiny = compact(small, Plan(steps, {}, Origin.of(model, 1)), calls)
     plan = Plan.from_json(tiny.lightning_prune_plan.plan.to_json())
     assert len(plan) == 6
@@ -535,19 +554,33 @@ def test_a_step_for_another_layer_is_refused_by_name():
         plan.steps[1].build(other)
     with pytest.raises(PlanError, match="Module '1' cannot be rotated: A layer of type BatchNorm2d"):
         dataclasses.replace(plan.steps[1], module="1").build(other)
+    small = rotate(other[3], directions(other[3], 4, 3))
+    later = Rotate.of("3", small, directions(small, 2, 2))
     with pytest.raises(PlanError, match="as its rotate_in None"):
-        small = rotate(other[3], directions(other[3], 4, 3))
-        Rotate.of("3", small, directions(small, 2, 2)).apply(other)
+        later.apply(other)
 
 
 def test_a_factor_is_no_layer_of_its_own_to_others_and_the_tracer_sees_plain_layers():
     model = compact(network(), plan_for(network()))
     reasons = obstacles(model)
     assert {name for name, reason in reasons.items() if reason == "it is a factor already"} == {
-        f"{i}.{name}" for i, keys in ((0, "core rotate_out"), (3, "rotate_in core rotate_out"), (5, "rotate_in core")) for name in keys.split()
+        f"{i}.{name}"
+        for i, keys in ((0, "core rotate_out"), (3, "rotate_in core rotate_out"), (5, "rotate_in core"))
+        for name in keys.split()
     }
-    units = find_units(model, as_calls(X))
-    assert {unit for unit in map(str, units.units)}
+
+
+def test_channels_of_a_rotated_network_leave_and_it_is_rotated_again():
+    model = compact(network(), plan_for(network()))
+    structure = find_units(model, as_calls(X))
+    kept = np.ones(structure.count, bool)
+    for tensor in ("0.core.weight", "0.rotate_out.weight", "3.rotate_in.weight", "3.core.weight"):
+        (slot,) = (slot for slot in structure.by_tensor[tensor] if slot.axis == 0)
+        kept[slot.units[0]] = False
+    small = compact(model, Plan(removal_steps(model, structure, kept)), as_calls(X))
+    assert [m.weight.shape[:2] for m in (*small[0], *small[3])] == [(4, 3), (7, 4), (3, 7), (2, 3), (6, 2)]
+    again = Rotate.of("3", small[3], directions(small[3], 2, 1))
+    assert compact(small, Plan((again,)), as_calls(X))[3].core.weight.shape[:2] == (1, 2)
 
 
 # Holding ------------------------------------------------------------------------------------------------------------------------
@@ -620,7 +653,7 @@ def test_a_separable_core_is_a_depthwise_convolution_and_computes_what_it_stands
     assert (core.groups, core.in_channels, core.out_channels, core.stride, core.dilation) == (3, 3, 3, (2, 2), (2, 2))
     assert core.padding_mode == mode
     assert params_of(small) == 4 * 3 + 3 * 9 + 3 * 6 + 6
-    assert layer.weight.flatten(1).matrix_rank() if hasattr(torch.Tensor, "matrix_rank") else torch.linalg.matrix_rank(layer.weight.flatten(1)) == 3
+    assert torch.linalg.matrix_rank(layer.weight.detach().flatten(1)) == 3
 
 
 def test_weights_move_the_error_of_a_separable_core_to_directions_that_do_not_count():
