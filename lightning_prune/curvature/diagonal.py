@@ -296,6 +296,12 @@ def summed_squares(rows: Tensor, columns: Tensor) -> Tensor:
             pairs_b = (b.index_select(3, first) * b.index_select(3, second)).squeeze(0)
             found += torch.einsum("ngta,ngtb->gab", pairs_a, pairs_b)
         return found.clamp_min_(0)  # what cancels leaves a rounding error
+    if cotangents == 1 and rows.device.type == "cpu":  # sample by sample: what is squared stays in the cache
+        squares = rows.new_zeros(groups, width, height)
+        product = torch.empty_like(squares)
+        for a, b in zip(rows.squeeze(0), columns.squeeze(0), strict=True):
+            squares.addcmul_(torch.bmm(a, b.mT, out=product), product)
+        return squares.double()
     for a, b in _pieces(rows, columns, cotangents * groups * width * height):
         if len(columns) == 1:  # all cotangents in one product, put together as they lie in memory
             lies = a.stride(3) == 1
