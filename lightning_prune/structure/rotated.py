@@ -282,17 +282,13 @@ def cheapest(layer: nn.Module, inputs: int | None, outputs: int | None, shapes: 
     Raises:
         ModelError: If the layer has no such form.
     """
-    now, found = cost(layer, Form(), shapes), []
-    for form in dict.fromkeys((Form(inputs), Form(None, outputs), Form(inputs, outputs))):
-        if form == Form():
-            continue
-        specs, price = rotated_specs(describe_factors(layer), form), cost(layer, form, shapes)
-        if (
-            price.params < now.params
-            and price.flops < now.flops
-            and not (_is_pointwise(specs["core"]) and len(specs) > 2)
-        ):
-            found.append((price.flops, price.params, form))
+    before, now, found = describe_factors(layer), cost(layer, Form(), shapes), []
+    most = 2 if _is_pointwise(before["core"]) else 3
+    for form in (Form(inputs), Form(None, outputs), Form(inputs, outputs)):
+        if form != Form() and len(rotated_specs(before, form)) <= most:
+            price = cost(layer, form, shapes)
+            if price.params < now.params and price.flops < now.flops:
+                found.append((price.flops, price.params, form))
     return min(found, key=lambda entry: entry[:2])[2] if found else None
 
 
