@@ -127,7 +127,7 @@ def rotated_specs(before: Specs, form: Form) -> dict[str, dict[str, Any]]:
     """
     _check(before, form)
     (first, *_), (*_, last), core = before.values(), before.values(), before["core"]
-    alone = _is_pointwise(core)
+    tapless = _is_pointwise(core)
     neutral = _neutral(core)
     pointwise = {**core, **neutral, "bias": False}
     inner, outer = (form.separable or kept or core[key] for kept, key in ((form.inputs, "in"), (form.outputs, "out")))
@@ -135,12 +135,12 @@ def rotated_specs(before: Specs, form: Form) -> dict[str, dict[str, Any]]:
     if form.separable or form.inputs or "rotate_in" in before:
         homogeneous = form.augmented or ("rotate_in" in before and first["bias"])
         after["rotate_in"] = pointwise | {"in": first["in"], "out": inner, "bias": homogeneous}
-    after["core"] = (pointwise if alone else {**core, "bias": False}) | {"in": inner, "out": outer}
+    after["core"] = (pointwise if tapless else {**core, "bias": False}) | {"in": inner, "out": outer}
     if form.separable or form.outputs or "rotate_out" in before:
         after["rotate_out"] = pointwise | {"in": outer, "out": last["out"]}
     if form.separable:
         after["core"]["groups"] = form.separable
-    if alone:
+    if tapless:
         next(iter(after.values())).update({key: first[key] for key in neutral})
     if last["bias"] and not form.augmented:
         next(reversed(after.values()))["bias"] = True
@@ -316,7 +316,7 @@ def _check(before: Specs, form: Form) -> None:
         raise ModelError("A rotated layer keeps some directions of its inputs or outputs: give at least one number.")
     if form.augmented and (set(before) != {"core"} or "kernel" in core or not core["bias"] or form.inputs is None):
         raise ModelError(
-            f"Only the bias of a Linear whose inputs are rotated for the first time can be rotated with them, not that of {dict(before)!r}."
+            f"A {core['type']} cannot be augmented: only a Linear that has a bias, is not rotated yet and keeps a number of inputs can."
         )
     if form.separable is not None and _is_pointwise(core):
         raise ModelError(f"A {core['type']} without taps has nothing to separate: give separable=None.")

@@ -1,6 +1,6 @@
 """A kernel as a sum of rank-one terms: inputs times taps times outputs, by alternating least squares.
 
-Wang, Grosse, Fidler and Zhang, "EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", ICML 2019 (arXiv:1905.05934), section 4:
+Wang, Grosse, Fidler and Zhang, "EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis", ICML 2019 (arXiv:1905.05934):
 ``W[p, q, k] ~ sum_m U[p, m] V[q, m] Z[k, m]`` is a pointwise, a depthwise and a pointwise convolution. Unlike the authors' code, the start is seeded
 and, for a rank up to the numbers of inputs and outputs, one of two is the algebraic solution, which is exact for a kernel that is such a sum; an
 update that could be singular stays near the last one, so that the loss never rises.
