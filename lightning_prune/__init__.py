@@ -19,6 +19,7 @@ _HOME = {
     "GReg": "lightning_prune.methods",
     "GraSP": "lightning_prune.methods",
     "IncReg": "lightning_prune.methods",
+    "KFE": "lightning_prune.methods",
     "LossModel": "lightning_prune.methods",
     "LowRank": "lightning_prune.methods",
     "Magnitude": "lightning_prune.methods",

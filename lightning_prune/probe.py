@@ -43,7 +43,7 @@ class Probe:
         data: The batches, as often as asked for; None where there are none.
         step: ``step(batch, index)`` runs the model on a batch and returns a scalar loss, or None where only the forward pass is known.
         prepare: Brings a batch to the device of the model.
-        reduce: Takes a tensor of every rank together, by ``"mean"``, ``"sum"`` or ``"max"``.
+        reduce: Takes a tensor of every rank together, by ``"mean"``, ``"sum"`` or ``"max"``, or returns that of rank 0, by ``"first"``.
         progress: Whether to show a progress bar.
     """
 
@@ -78,7 +78,14 @@ class Probe:
 
         bar = trainer.progress_bar_callback
         shown = bar is not None and getattr(bar, "is_enabled", True) and trainer.is_global_zero
-        reduce = lambda tensor, how: trainer.strategy.reduce(tensor, reduce_op=how)  # noqa: E731
+
+        def reduce(tensor: Tensor, how: str) -> Tensor:
+            strategy: Any = trainer.strategy
+            found: Tensor = (
+                strategy.broadcast(tensor, src=0) if how == "first" else strategy.reduce(tensor, reduce_op=how)
+            )
+            return found.to(tensor.device)
+
         step = functools.partial(training_loss, module)
         return cls(module, trainer.train_dataloader, step, prepare=prepare, reduce=reduce, progress=bool(shown))
 
@@ -162,6 +169,10 @@ class Probe:
     def total(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in one collective; in a single process it is returned as it is."""
         return self._reduce(tensor, "sum")
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """Return what rank 0 has; in a single process it is returned as it is."""
+        return self._reduce(tensor, "first")
 
     @contextlib.contextmanager
     def quiet(self, mode: Literal["eval", "train"] | None = None) -> Iterator[None]:

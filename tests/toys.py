@@ -37,9 +37,13 @@ class ToyMask(Compression):
 
 
 USUAL = {"structured": True, "flops": 0.5, "align": 1, "every_n_steps": 3, "nuclear": 3e-3}
+USUAL |= {"fisher": "empirical"}  # drawn labels are others if the samples come in another order, as with several ranks
 GRADUALLY = {"until_epoch": 3}  # masks at the start of epochs 0, 1 and 2
 WEIGHTS = {"structured": False, "flops": None, "sparsity": 0.5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "KFE-gradually": ("KFE", GRADUALLY),
+    "KFE-official": ("KFE", {"official": True, "flops": 0.8}),
+    "KFE-separable": ("KFE", {"separable": True}),
     "Magnitude-gradually": ("Magnitude", GRADUALLY),
     "Magnitude-weights": ("Magnitude", WEIGHTS),
     "Magnitude-weights-gradually": ("Magnitude", WEIGHTS | GRADUALLY),

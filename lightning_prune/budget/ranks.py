@@ -13,6 +13,7 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -29,13 +30,13 @@ class Choice:
     """One size of one layer.
 
     Attributes:
-        size: What the method makes of it: a rank, a number of units. ``None`` is the dense layer.
+        size: What the method makes of it: a rank, numbers of directions. ``None`` is the dense layer.
         loss: What is lost against the dense layer, at least 0, comparable between layers; for ranks a share of the
             energy, no unit.
         cost: Multiply-adds or parameters, whichever is bounded.
     """
 
-    size: int | None
+    size: Any
     loss: float
     cost: int
 
@@ -74,7 +75,7 @@ def rank_choices(
 
 def allocate(
     ladders: Mapping[str, Sequence[Choice]], bound: int, *, fixed: int = 0, name: str = "flops"
-) -> dict[str, int | None]:
+) -> dict[str, Any]:
     """Choose a size for every layer so that the total cost stays within a bound.
 
     Args:

@@ -97,7 +97,7 @@ class ChannelTarget:
         """Return in words why a bound on multiply-adds or parameters is met already, or None."""
         if self.name == "sparsity" or not task.plan:
             return None
-        have, dense = self._counts(task)
+        have, dense = self.counts(task)
         bound = resolve_bound(self.value, dense, self.name)
         return None if have > bound else f"the model has {have:,} {self.name}, at most {bound:,} are asked for"
 
@@ -132,11 +132,11 @@ class ChannelTarget:
             dense = have + _gone_before(task.plan, {slot.tensor.rpartition(".")[0] for slot in slots})
             return Budget(channels, have, dense, math.floor((1 - Fraction(repr(float(self.value)))) * dense))
         polynomial = structure.flops if self.name == "flops" else structure.params
-        have, dense = self._counts(task)
+        have, dense = self.counts(task)
         rest = have - polynomial(everything)
         return Budget(lambda kept: rest + polynomial(kept), have, dense, resolve_bound(self.value, dense, self.name))
 
-    def _counts(self, task: Task) -> tuple[int, int]:
+    def counts(self, task: Task) -> tuple[int, int]:
         """Return cost now and cost of the dense model."""
         if self.name == "flops":
             return task.cost.total, task.origin.flops

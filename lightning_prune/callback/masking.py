@@ -3,6 +3,7 @@
 What can leave, channels or single weights, is the matter of a :class:`Removal`; when it leaves, of :class:`Masking`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -163,7 +164,9 @@ class Masking(Compression):
         """Find what can leave and see that the target can be met; on resume, hold again what had been masked."""
         self._task, self._found = task, self.removal.look(task)
         if self._pending:
-            self._hold(task.model)
+            self._masks = Masks.pending(
+                task.model, self._pending.steps
+            )  # the weights of a checkpoint are held already, to the bit
         else:
             self.removal.check(task, self._found)
 
@@ -185,7 +188,8 @@ class Masking(Compression):
         for step in chosen.steps:
             if step.once:
                 step.emulate(pl_module)
-        self._pending, self._reached = chosen.settled(), due
+        steps = tuple(step.settled() if step.once else step for step in chosen.steps)
+        self._pending, self._reached = dataclasses.replace(chosen, steps=steps), due
         self._hold(pl_module)
 
     def due(self, epoch: int) -> float:

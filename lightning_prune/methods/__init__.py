@@ -4,6 +4,7 @@ from lightning_prune.methods.grasp import GraSP
 from lightning_prune.methods.greg import GReg
 from lightning_prune.methods.gsm import GSM
 from lightning_prune.methods.increg import IncReg
+from lightning_prune.methods.kfe import KFE
 from lightning_prune.methods.loss_model import LossModel
 from lightning_prune.methods.low_rank import LowRank
 from lightning_prune.methods.magnitude import Magnitude
@@ -17,6 +18,7 @@ from lightning_prune.methods.trp import TRP
 
 __all__ = [
     "GSM",
+    "KFE",
     "PFP",
     "SNIP",
     "SPP",

@@ -1,7 +1,8 @@
 """Kronecker factors and second moments of ResNet-18 at 32 pixels against plain passes; run with ``-m benchmark -s``.
 
-Paired: both take turns on the same batch in one run, in processor time on one thread, which other work on the machine disturbs least. The plain pass is
-forward and backward with the gradients of all parameters. Ours take the gradients of outputs alone, which is why their pass can be the cheaper one.
+Paired: both take turns on the same batch in one run, in processor time on one thread, which other work on the machine disturbs least. The plain
+pass is forward and backward with the gradients of all parameters. Ours take the gradients of outputs alone, which is why their pass can be the
+cheaper one.
 """
 
 import statistics
@@ -12,7 +13,6 @@ import torch
 from networks import resnet18
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from lightning_prune.curvature.eigenbasis import Eigenbasis, directions
 from lightning_prune.curvature.kronecker import Factors, SecondMoments

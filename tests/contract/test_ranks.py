@@ -74,6 +74,11 @@ def test_unseeded_ranks_end_with_the_same_plan_and_weights(run_jobs, tmp_path, m
     assert not differ
 
 
+# Directions of nearly equal curvature turn into each other at a breath, too, and some are kept of which the data say nothing, but random inputs do;
+# a fit by alternating least squares stops at another place.
+EIGENVECTORS = {"KFE": 1e-6, "KFE-gradually": 1e-4, "KFE-official": 1e-4, "KFE-separable": 1e-4}
+
+
 @pytest.mark.parametrize("method", NAMES)
 @torch.no_grad()
 def test_two_ranks_equal_one_process_on_all_of_the_data(run_jobs, tmp_path, method):
@@ -91,7 +96,8 @@ def test_two_ranks_equal_one_process_on_all_of_the_data(run_jobs, tmp_path, meth
     # Functions are compared, not factors: two singular vectors of nearly equal values turn into each other at a breath.
     x = torch.randn(64, 1, 8, 8, dtype=torch.float64)
     outputs = [built(result)(x) for result in (one, two)]
-    torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-8)
+    within = EIGENVECTORS.get(method, 1e-8)
+    torch.testing.assert_close(*outputs, rtol=within, atol=within)
     assert outputs[0].std() > 0.1
 
 
