@@ -40,6 +40,7 @@ from lightning_prune.curvature.products import Geometry, Product, convolution, p
 from lightning_prune.errors import ModelError
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Use = tuple[Product, Tensor, int]  # a call, the gradient of its output, where the samples lie
 CHUNK = 2**22  # entries of inputs or gradients that are multiplied at a time
 
 
@@ -162,8 +163,9 @@ class Factors(_Pass):
         found = {}
         for name, positions in self._positions.items():
             if positions and self.samples:
-                found[name] = Kronecker(self._inputs[name] / positions, self._outputs[name] / self.samples)
-                _check_finite(name, found[name].inputs, found[name].outputs)
+                sums = self._inputs[name] / positions, self._outputs[name] / self.samples
+                _check_finite(name, *sums)
+                found[name] = Kronecker(*((total + total.mT) / 2 for total in sums))
         return found
 
     def _look(self, product: Product) -> Product:
@@ -223,7 +225,7 @@ class SecondMoments(_Pass):
             ModelError: If it cannot be told which inputs of a layer belong to which sample.
         """
         layouts = layouts_of(self._seen, outputs)
-        calls: dict[str, list[tuple[Product, Tensor, int]]] = {}
+        calls: dict[str, list[_Use]] = {}
         for product, gradient, layout in zip(self._seen, self._gradients(outputs, gradients), layouts, strict=True):
             if not layout:
                 raise ModelError(
@@ -234,10 +236,9 @@ class SecondMoments(_Pass):
                 calls.setdefault(product.name, []).append((product, gradient, layout))
         self._seen = []
         for name, uses in calls.items():
-            products, found, places = zip(*uses, strict=True)
-            rotated = [self._of_outputs(product, g).unsqueeze(0) for product, g in zip(products, found, strict=True)]
-            squares = summed_squares(*joined_sides(products, rotated, places, len(outputs)))
-            self._sums[name] += squares.view(self._sums[name].shape).to(self._sums[name])
+            for products, rotated, places, samples in self._chunks(uses, len(outputs)):
+                squares = summed_squares(*joined_sides(products, rotated, places, samples))
+                self._sums[name] += squares.view(self._sums[name].shape).to(self._sums[name])
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
         """Take the sums of all processes together; see :meth:`Factors.reduce`."""
@@ -249,7 +250,7 @@ class SecondMoments(_Pass):
         Raises:
             ModelError: If those of a layer are not finite.
         """
-        found = {name: sums.mT / max(1, self.samples) for name, sums in self._sums.items()}
+        found = {name: sums.mT.contiguous() / max(1, self.samples) for name, sums in self._sums.items()}
         for name, moments in found.items():
             _check_finite(name, moments)
         return found
@@ -262,9 +263,24 @@ class SecondMoments(_Pass):
             x = F.pad(x, (0, 1), value=1.0)
         return dataclasses.replace(product, x=_rotated(x, basis.inputs, product.kernel))
 
-    def _of_outputs(self, product: Product, gradient: Tensor) -> Tensor:
-        basis, flat = self._bases[product.name], _wide(gradient).reshape(product.shape)
-        return flat if basis is None else _rotated(flat, basis.outputs, product.kernel)
+    def _chunks(
+        self, uses: Sequence[_Use], samples: int
+    ) -> Iterator[tuple[list[Product], list[Tensor], list[int], int]]:
+        """Yield the calls of a layer for some samples at a time, with rotated gradients, where samples come first; else for all."""
+        unfolded = sum(product.x.numel() * math.prod(product.kernel) for product, _, _ in uses)
+        first = all(place == 1 and len(product.x) % samples == 0 for product, _, place in uses)
+        step = max(1, CHUNK * samples // max(1, unfolded)) if first else samples
+        for start in range(0, samples, step):
+            products, gradients = [], []
+            for product, gradient, _ in uses:
+                lead = len(product.x) // samples
+                part = slice(start * lead, (start + step) * lead) if step < samples else slice(None)
+                x, own = product.x[part], _wide(gradient).reshape(product.shape)[part]
+                products.append(dataclasses.replace(product, x=x, shape=own.shape))
+                basis = self._bases[product.name]
+                rotated = own if basis is None else _rotated(own, basis.outputs, product.kernel)
+                gradients.append(rotated.unsqueeze(0))
+            yield products, gradients, [place for *_, place in uses], min(step, samples - start)
 
 
 def _product(name: str, layer: Layer, x: Tensor, output: Tensor) -> Product:

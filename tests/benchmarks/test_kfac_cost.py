@@ -1,8 +1,7 @@
 """Kronecker factors and second moments of ResNet-18 at 32 pixels against plain passes; run with ``-m benchmark -s``.
 
 Paired: both take turns on the same batch in one run, in processor time on one thread, which other work on the machine disturbs least. The plain
-pass is forward and backward with the gradients of all parameters. Ours take the gradients of outputs alone, which is why their pass can be the
-cheaper one.
+pass is forward and backward with the gradients of all parameters; ours take the gradients of outputs alone, so they can be the cheaper ones.
 """
 
 import statistics
@@ -13,9 +12,10 @@ import torch
 from networks import resnet18
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_prune.curvature.eigenbasis import Eigenbasis, directions
-from lightning_prune.curvature.kronecker import Factors, SecondMoments
+from lightning_prune.curvature.kronecker import CHUNK, Factors, SecondMoments
 from lightning_prune.curvature.labels import sampled_gradients
 
 ROUNDS, SAMPLES = 5, 64
@@ -90,8 +90,7 @@ def test_a_pass_with_factors_costs_at_most_one_and_a_half_plain_ones(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pass_with_second_moments_costs_at_most_two_and_a_half_plain_ones(name):
     model, layers, x, y = asked(name)
-    factors = Factors(layers)
-    collected(factors, model, x, y)
+    factors = made(layers, model, x, y)
     found, mine, theirs = ratio(SecondMoments(layers, bases_of(factors)), model, x, y)
     print(f"{name}: with second moments {mine:.3f} s, plain {theirs:.3f} s, median of paired ratios {found:.2f}")
     assert found <= 2.5
@@ -100,8 +99,39 @@ def test_a_pass_with_second_moments_costs_at_most_two_and_a_half_plain_ones(name
 @pytest.mark.benchmark
 def test_all_eigenbases_take_less_than_two_seconds():
     model, layers, x, y = asked("stem of ImageNet")
-    factors = Factors(layers)
-    collected(factors, model, x, y)
+    factors = made(layers, model, x, y)
     spent = statistics.median(seconds(bases_of, factors) for _ in range(3))
     print(f"eigenbases of {len(layers)} layers: {spent:.2f} s of one core")
     assert spent <= 2
+
+
+def peak(function):
+    """Return the most bytes that torch held at once while ``function`` ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pass_with_factors_needs_the_memory_of_a_plain_one_and_the_factors(name):
+    model, layers, x, y = asked(name)
+    sums = sum(f.inputs.nbytes + f.outputs.nbytes for f in made(layers, model, x, y).factors().values())
+    bare, own = peak(lambda: plain(model, x, y)), peak(lambda: made(layers, model, x, y))
+    moments = SecondMoments(layers, bases_of(made(layers, model, x, y)))
+    second = peak(lambda: collected(moments, model, x, y))
+    print(
+        f"{name}: plain {bare / 1e6:.0f} MB, with factors {own / 1e6:.0f} MB, {sums / 1e6:.0f} MB of them; second moments {second / 1e6:.0f} MB"
+    )
+    assert own <= bare + sums + 8 * CHUNK
+
+
+def made(layers, model, x, y):
+    factors = Factors(layers)
+    collected(factors, model, x, y)
+    return factors

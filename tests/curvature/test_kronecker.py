@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_prune.curvature import kronecker
 from lightning_prune.curvature.eigenbasis import Eigenbasis, directions
 from lightning_prune.curvature.kronecker import Factors, SecondMoments
 
@@ -249,3 +250,254 @@ def test_factors_and_second_moments_equal_a_loop_over_samples(name):
         grouped = weights.view(len(samples), groups, -1, width, taps)
         rotated = torch.einsum("gop,ngoir,giq->ngprq", bases[key].outputs, grouped, bases[key].inputs)
         same(moments[key], rotated.square().mean(0).flatten(0, 1))
+
+
+def test_the_channel_factor_is_the_mean_of_the_blocks_of_single_taps():
+    model, _, x = network("dilated")
+    layers = {"0": model[0]}
+    channel, patched = (added(Factors(layers, patches=p), model, x).factors()["0"].inputs for p in (False, True))
+    blocks = patched.view(3, 6, 3, 6).diagonal(dim1=1, dim2=3)
+    torch.testing.assert_close(channel[0], blocks.mean(-1))
+    for factor in (channel, patched):
+        torch.testing.assert_close(factor, factor.mT, rtol=0, atol=0)
+        assert torch.linalg.eigvalsh(factor).min() > -1e-12 * factor.norm()
+
+
+def fisher(model, layer, x):
+    """Return the mean outer product of the gradients of single samples, ``[out * in * K, out * in * K]``."""
+    rows = []
+    for n in range(len(x)):
+        loss = F.cross_entropy(model(x[n : n + 1]), torch.tensor([n % 4]))
+        rows.append(torch.autograd.grad(loss, layer.weight)[0].flatten())
+    rows = torch.stack(rows)
+    return rows.mT @ rows / len(x)
+
+
+def kfac(factor, taps):
+    """Return ``S (x) A (x) I_K``, in the order of a flattened weight."""
+    return torch.kron(factor.outputs[0], torch.kron(factor.inputs[0], torch.eye(taps).double()))
+
+
+def test_of_all_diagonals_in_the_eigenbasis_the_second_moments_come_nearest_and_keep_the_trace():
+    torch.manual_seed(3)
+    model = image(nn.Conv2d(3, 4, 3, stride=2, padding=1), channels=4).double()
+    layers = {"0": model[0]}
+    exact, factor = fisher(model, model[0], PICTURES), added(Factors(layers), model, PICTURES).factors()["0"]
+    basis = basis_of(factor)
+    moments = added(SecondMoments(layers, {"0": basis}), model, PICTURES).moments()["0"]
+    columns = torch.kron(basis.outputs[0].contiguous(), torch.kron(basis.inputs[0].contiguous(), torch.eye(9).double()))
+    error = lambda diagonal: (exact - columns * diagonal.mT.flatten() @ columns.mT).norm()  # noqa: E731
+    spectral = basis.diagonal().expand_as(moments)
+    torch.testing.assert_close(error(spectral), (exact - kfac(factor, 9)).norm())
+    assert error(moments) < 0.99 * error(spectral)
+    torch.testing.assert_close((columns.mT @ exact @ columns).diagonal(), moments.mT.flatten())
+    torch.testing.assert_close(moments.sum(), exact.trace())
+    for entry in range(0, moments.numel(), 7):
+        for step in (-1e-3, 1e-3):
+            other = moments.clone()
+            other.view(-1)[entry] += step * moments.max()
+            assert error(other) > error(moments)
+
+
+def test_of_a_single_sample_the_factors_of_a_linear_layer_are_the_exact_fisher_information():
+    model, _, x = network("linear")
+    factor = added(Factors({"0": model[0]}), model, x[:1]).factors()["0"]
+    same(kfac(factor, 1), fisher(model, model[0], x[:1]))
+
+
+def test_processes_that_reduce_their_halves_have_the_factors_of_the_union():
+    model, _, x = network("grouped")
+    layers = layers_of(model)
+    whole = added(Factors(layers), model, x).factors()
+    bases = {name: basis_of(factor) for name, factor in whole.items()}
+    for build, read in (
+        (lambda: Factors(layers), Factors.factors),
+        (lambda: SecondMoments(layers, bases), SecondMoments.moments),
+    ):
+        one, other = added(build(), model, x[:1]), added(build(), model, x[1:], first=1)
+        flats = []
+        other.reduce(lambda flat, flats=flats: (flats.append(flat.clone()), flat)[1])
+        one.reduce(lambda flat, flats=flats: flat + flats[0])
+        assert one.samples == len(x)
+        for name, expected in read(added(build(), model, x)).items():
+            found = read(one)[name]
+            pairs = (
+                [(found, expected)]
+                if isinstance(found, torch.Tensor)
+                else zip(vars(found).values(), vars(expected).values(), strict=True)
+            )
+            for mine, theirs in pairs:
+                same(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["circular", "tokens", "tokens first", "called twice"])
+def test_chunks_change_nothing(name, monkeypatch):
+    model, _, x = network(name)
+    layers = layers_of(model)
+
+    def found():
+        factors = [added(Factors(layers, patches=p), model, x).factors() for p in (False, True)]
+        bases = {key: basis_of(factor) for key, factor in whole[0].items()} if whole else dict.fromkeys(layers)
+        return *factors, added(SecondMoments(layers, bases), model, x).moments()
+
+    whole = []
+    whole = found()
+    whole = found()
+    monkeypatch.setattr(kronecker, "CHUNK", 1)
+    for one, other in zip(found(), whole, strict=True):
+        for key in layers:
+            pairs = (
+                [(one[key], other[key])]
+                if isinstance(one[key], torch.Tensor)
+                else zip(vars(one[key]).values(), vars(other[key]).values(), strict=True)
+            )
+            for mine, theirs in pairs:
+                same(mine, theirs)
+
+
+def test_a_constant_input_is_part_of_the_factor_where_there_is_a_bias():
+    model, _, x = network("conv")
+    layers = layers_of(model)
+    patched = added(Factors(layers, patches=True, homogeneous=True), model, x).factors()
+    plain = added(Factors(layers, patches=True), model, x).factors()
+    means = []
+    hook = model[0].register_forward_hook(lambda layer, args, _: means.append(unfolded(layer, args[0]).mean(-1)))
+    model(x)
+    hook.remove()
+    same(patched["0"].inputs[:, :-1, :-1], plain["0"].inputs)
+    same(patched["0"].inputs[0, -1, :-1], means[0][0].T.flatten())
+    assert patched["0"].inputs[0, -1, -1] == 1
+    assert added(Factors(layers, homogeneous=True), model, x).factors()["0"].inputs.shape == (1, 3, 3)
+    bare, _, x = network("linear")
+    widths = {
+        name: f.inputs.shape[1]
+        for name, f in added(Factors(layers_of(bare), homogeneous=True), bare, x).factors().items()
+    }
+    assert widths == {"0": 7, "2": 5}  # the last layer has no bias
+
+
+def test_second_moments_in_a_homogeneous_basis_are_those_of_weight_and_bias():
+    model, _, x = network("linear")
+    layers = {"0": model[0]}
+    factor = added(Factors(layers, homogeneous=True), model, x).factors()["0"]
+    basis = basis_of(factor)
+    found = added(SecondMoments(layers, {"0": basis}), model, x).moments()["0"]
+    expected = torch.zeros(5, 7).double()
+    for n in range(len(x)):
+        loss = F.cross_entropy(model(x[n : n + 1]), torch.tensor([n % 4]))
+        weight, bias = torch.autograd.grad(loss, [model[0].weight, model[0].bias])
+        joined = torch.cat([weight, bias.unsqueeze(1)], 1)
+        expected += (basis.outputs[0].mT @ joined @ basis.inputs[0]).square() / len(x)
+    same(found[:, 0], expected)
+
+
+def test_second_moments_in_some_directions_are_those_of_the_whole_basis_there():
+    model, _, x = network("conv")
+    layers = {"0": model[0]}
+    basis = basis_of(added(Factors(layers), model, x).factors()["0"])
+    some = Eigenbasis(
+        basis.inputs[:, :, 1:], basis.outputs[:, :, 3:], basis.input_values[:, 1:], basis.output_values[:, 3:]
+    )
+    whole, part = (added(SecondMoments(layers, {"0": b}), model, x).moments()["0"] for b in (basis, some))
+    same(part, whole[3:, :, 1:])
+
+
+def test_a_layer_that_gathers_has_the_factors_of_what_it_reads():
+    model, _, x = network("linear")
+    reads = torch.tensor([True, False, True, True, False, True])
+    small = copy.deepcopy(model[0])
+    small.weight = nn.Parameter(small.weight[:, reads].detach())
+    gathering = nn.Sequential(reading(small, reads), *model[1:])
+    plain = nn.Sequential(small, *model[1:])
+    found, expected = (
+        added(Factors(layers_of(m)), m, y).factors()["0"] for m, y in ((gathering, x), (plain, x[:, reads]))
+    )
+    same(found.inputs, expected.inputs)
+    same(found.outputs, expected.outputs)
+
+
+def test_frozen_layers_have_factors_and_in_place_changes_of_their_inputs_come_too_late():
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            x = x.clone()
+            y = self.first(x)
+            x.mul_(100)
+            return self.head(y.tanh_())
+
+    model, x = Changing().double(), TOKENS[:, 0]
+    plain = nn.Sequential(model.first, nn.Tanh(), model.head)
+    names = dict(zip(("0", "2"), ("first", "head"), strict=True))
+    expected = added(Factors(layers_of(plain)), plain, x).factors()
+    squares = added(SecondMoments(layers_of(plain), dict.fromkeys(("0", "2"))), plain, x).moments()
+    model.requires_grad_(False)
+    found = added(Factors(layers_of(model)), model, x).factors()
+    moments = added(SecondMoments(layers_of(model), dict.fromkeys(found)), model, x).moments()
+    for theirs, name in names.items():
+        same(found[name].inputs, expected[theirs].inputs)
+        same(found[name].outputs, expected[theirs].outputs)
+        same(moments[name], squares[theirs])
+
+
+def test_layers_that_no_gradient_can_reach_are_left_out():
+    model, _, x = network("linear")
+    factors = Factors(layers_of(model))
+    with factors.watching():
+        with torch.no_grad():
+            y = model[0](x)
+        z = model[2](y.tanh())
+    factors.backward(z, torch.ones_like(z))
+    assert factors.factors().keys() == {"2"}
+
+
+def test_the_model_is_left_as_it_was():
+    model, _, x = network("norm and in place")
+    before = copy.deepcopy(model.state_dict())
+    added(Factors(layers_of(model)), model, x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_half_precision_and_autocast_sum_up_in_single_precision():
+    model, _, x = network("conv")
+    exact = added(Factors(layers_of(model)), model, x).factors()["0"]
+    half = copy.deepcopy(model).bfloat16()
+    single = model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = added(Factors(layers_of(single)), single, x.float()).factors()["0"]
+    for found, input_error in (
+        (cast, 1e-6),
+        (added(Factors(layers_of(half)), half, x.bfloat16()).factors()["0"], 1e-2),
+    ):
+        assert (found.inputs - exact.inputs).norm() < input_error * exact.inputs.norm()
+        assert (found.outputs - exact.outputs).norm() < 3e-2 * exact.outputs.norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_the_name_of_the_layer(bad):
+    model, _, x = network("linear")
+    x = x.clone()
+    x[1, 2] = bad
+    with pytest.raises(ModelError, match="layer '0' is not finite"):
+        added(Factors(layers_of(model)), model, x).factors()
+    with pytest.raises(ModelError, match="layer '0' is not finite"):
+        added(SecondMoments(layers_of(model), {"0": None, "2": None}), model, x).moments()
+
+
+def test_samples_that_do_not_lie_along_one_axis_are_refused_by_the_name_of_the_layer():
+    model, _, x = network("linear")
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model[0]
+
+        def forward(self, x):
+            return self.inner(x.mT @ x)[:4]  # features by features
+
+    with pytest.raises(ModelError, match=r"Layer 'inner' .* 4 samples"):
+        added(SecondMoments({"inner": model[0]}, {"inner": None}), Mixed(), x)
