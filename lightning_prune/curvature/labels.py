@@ -30,7 +30,6 @@ Sample = Callable[[Tensor, torch.Generator], Tensor]
 Unit = Callable[[Tensor], Tensor]
 Reduction = Literal["auto", "mean", "sum"]
 
-_LIKE = 1e-3  # up to here, relative to the largest, curvatures agree
 _REMEDY = "Name the distribution of the labels, or give a function that draws them, or take the labels of the data (the empirical Fisher)."
 
 
@@ -82,7 +81,8 @@ def sampled_gradients(
     """Return the gradients of the loss of every sample at labels that the model draws, one per term.
 
     Args:
-        loss: The loss of the batch, a scalar, with a graph from the outputs, which is kept. A loss without curvature gives zeros.
+        loss: The loss of the batch, a scalar, with a graph from the outputs, which is kept. Where it is flat, as where softmax is
+            saturated, the gradients are 0.
         outputs: What the loss takes, logits or predictions: ``[samples, ...]``; classes lie along axis 1 or the last.
         generator: Source of randomness, on the device of the outputs. The same seed draws the same labels.
         distribution: What the labels are drawn from; ``"auto"`` finds it out. If one is named that the loss does not have, terms that the
@@ -128,12 +128,7 @@ def empirical_gradients(loss: Tensor, outputs: Tensor, reduction: Reduction = "a
         return slope * (len(outputs) if reduction == "mean" else 1)
     remedy = "Say whether it is the 'mean' over the samples or their 'sum' (reduction)."
     likelihood = likelihood_of(loss, outputs, remedy=remedy)
-    if not bool(likelihood.weight.any()):
-        raise ModelError(
-            f"The loss has no curvature at the outputs, so the weights of samples cannot be read off it. {remedy}"
-        )
-    one = slope / likelihood.weight.where(likelihood.weight > 0, 1)
-    return one * likelihood.relative().sqrt()
+    return slope / likelihood.weight.where(likelihood.weight > 0, 1) * likelihood.relative().sqrt()
 
 
 def likelihood_of(
@@ -169,20 +164,22 @@ def likelihood_of(
 
 def _fitting(gradient: Tensor, outputs: Tensor) -> Iterator[Likelihood]:
     """Yield what has the curvature of a loss. Weights are fitted to its product with one vector, and must give that with another."""
-    z, fixed = outputs.detach().double(), torch.Generator().manual_seed(0)
+    z, fixed, rounding = outputs.detach().double(), torch.Generator().manual_seed(0), torch.finfo(outputs.dtype).eps
     signs = torch.randint(0, 2, (2, *z.shape), generator=fixed) * 2 - 1
     first, second = (signs * (1 + torch.rand(signs.shape, generator=fixed))).to(z)
     curved, other = (check_finite(along(gradient, outputs, v).double()) for v in (first, second))
+    if gradient.detach().any() and not curved.any():  # such as the absolute error
+        return
+    like = max(1e-3, 4 * rounding)  # up to here, relative to the largest, curvatures agree
+    least = min(1e3 * rounding, 1e-2)  # below it, as of a saturated term, rounding is all that is left
 
     def fitted(distribution: str, axis: int, unit: Unit) -> Iterator[Likelihood]:
         over = (axis,) if distribution == "categorical" else ()
         expected = unit(first)
         norm = _total(expected.square(), over)
         weight = _total(curved * expected, over).clamp_min(0) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        if _near(weight * unit(second), other):
-            sure = (
-                norm > (1e3 * torch.finfo(outputs.dtype).eps) ** 2
-            )  # of a saturated term rounding is all that is left
+        if _near(weight * unit(second), other, like):
+            sure = norm > least**2
             typical = weight[sure & (weight > 0)].mean().nan_to_num()
             used = _total(gradient.detach().square(), over) > 0
             yield Likelihood(distribution, axis, weight.where(sure, used * typical))
@@ -191,9 +188,9 @@ def _fitting(gradient: Tensor, outputs: Tensor) -> Iterator[Likelihood]:
         yield from fitted("categorical", axis, functools.partial(_softmax_product, z.softmax(axis), axis))
     third = along(along(gradient, outputs, first, create_graph=True), outputs, second).double()
     share = z.sigmoid()
-    if third.abs().max() <= 1e-2 * _LIKE * curved.abs().max():
+    if third.abs().max() <= like / 100 * curved.abs().max():
         yield from fitted("gaussian", 0, lambda v: v)
-    elif _near(second * curved * (1 - 2 * share), third):
+    elif _near(second * curved * (1 - 2 * share), third, like):
         yield from fitted("bernoulli", 0, lambda v: share * (1 - share) * v)
 
 
@@ -205,8 +202,8 @@ def _total(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     return values.sum(axes, keepdim=True) if axes else values
 
 
-def _near(values: Tensor, expected: Tensor) -> bool:
-    return bool((values - expected).abs().max() <= _LIKE * expected.abs().max())
+def _near(values: Tensor, expected: Tensor, share: float) -> bool:
+    return bool((values - expected).abs().max() <= share * expected.abs().max())
 
 
 def output_gradient(loss: Tensor, outputs: Tensor) -> Tensor:
