@@ -96,7 +96,7 @@ class _Pass:
         edges = [product.edge for product in self._seen]
         if not edges:
             return ()
-        return torch.autograd.grad(outputs, edges, gradients.to(outputs), retain_graph=False, allow_unused=True)
+        return torch.autograd.grad(outputs, edges, gradients.to(outputs), allow_unused=True)
 
     def _look(self, product: Product) -> Product:
         """Take from a call what its inputs tell, and return what is needed once its gradient is known."""
@@ -207,6 +207,7 @@ class SecondMoments(_Pass):
         super().__init__(layers)
         self._bases = {name: bases[name] for name in self.layers}
         self._sums: dict[str, Tensor] = {}
+        self._layouts: dict[object, list[int]] = {}
         for name, layer in self.layers.items():
             basis, (rows, columns) = self._bases[name], layer.weight.shape[:2]
             if basis is not None:
@@ -224,15 +225,18 @@ class SecondMoments(_Pass):
         Raises:
             ModelError: If it cannot be told which inputs of a layer belong to which sample.
         """
-        layouts = layouts_of(self._seen, outputs)
+        signature = len(outputs), tuple((product.name, product.shape) for product in self._seen)
+        if signature not in self._layouts:
+            self._layouts[signature] = layouts_of(self._seen, outputs)
         calls: dict[str, list[_Use]] = {}
-        for product, gradient, layout in zip(self._seen, self._gradients(outputs, gradients), layouts, strict=True):
-            if not layout:
-                raise ModelError(
-                    f"Layer {product.name!r} is called with a tensor in which the {len(outputs)} samples of the batch do not lie along one "
-                    "axis, so its gradients cannot be told apart by sample. Exclude it, or take the factors alone."
-                )
+        found = zip(self._seen, self._gradients(outputs, gradients), self._layouts[signature], strict=True)
+        for product, gradient, layout in found:
             if gradient is not None:
+                if not layout:
+                    raise ModelError(
+                        f"Layer {product.name!r} is called with a tensor in which the {len(outputs)} samples of the batch do not lie along one "
+                        "axis, so its gradients cannot be told apart by sample. Exclude it, or take the factors alone."
+                    )
                 calls.setdefault(product.name, []).append((product, gradient, layout))
         self._seen = []
         for name, uses in calls.items():

@@ -444,6 +444,33 @@ def test_frozen_layers_have_factors_and_in_place_changes_of_their_inputs_come_to
         same(moments[name], squares[theirs])
 
 
+def test_memory_format_changes_nothing():
+    model, _, x = network("grouped")
+    layers = layers_of(model)
+    whole = added(Factors(layers), model, x).factors()
+    bases = {name: basis_of(factor) for name, factor in whole.items()}
+    moments = added(SecondMoments(layers, bases), model, x).moments()
+    last = x.contiguous(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    found = added(Factors(layers), model, last).factors(), added(SecondMoments(layers, bases), model, last).moments()
+    for one, other in zip(found, (whole, moments), strict=True):
+        for mine, theirs in zip(tensors(one), tensors(other), strict=True):
+            same(mine, theirs)
+
+
+def test_an_image_without_an_axis_of_samples_is_one_sample():
+    layer, x = nn.Conv2d(3, 4, 3, padding=1).double(), PICTURES[0]
+    found = []
+    for image_or_batch in (x, x[None]):
+        factors = Factors({"": layer})
+        with factors.watching():
+            z = layer(image_or_batch).mean((-2, -1)).view(1, 4)
+        factors.backward(z, torch.arange(4.0).view(1, 4))
+        found.append(tensors(factors.factors()))
+    for one, other in zip(*found, strict=True):
+        same(one, other)
+
+
 def test_layers_that_no_gradient_can_reach_are_left_out():
     model, _, x = network("linear")
     factors = Factors(layers_of(model))
