@@ -142,6 +142,20 @@ class TokensFirst(nn.Module):
         return self.head(self.inner(x.transpose(0, 1)).tanh().mean(0))
 
 
+class Folded(nn.Module):
+    """Columns of the image, folded into the axis of samples as images of their own; samples stand first or last in it."""
+
+    def __init__(self, samples_first):
+        super().__init__()
+        self.samples_first = samples_first
+        self.conv, self.head = nn.Conv1d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x):  # [samples, channels, height, width]
+        x = x.permute(0, 3, 1, 2) if self.samples_first else x.permute(3, 0, 1, 2)
+        y = self.conv(x.flatten(0, 1)).tanh().mean(2).unflatten(0, x.shape[:2])
+        return self.head(y.mean(1 if self.samples_first else 0))
+
+
 def image(*layers, channels=8):
     return nn.Sequential(*layers, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
 
@@ -155,6 +169,8 @@ NETWORKS = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False)), TOKENS[:, 0]),
     "tokens": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Flatten(), nn.Linear(40, 4)), TOKENS),
     "tokens first": (TokensFirst, TOKENS),
+    "folded, samples first": (lambda: Folded(True), PICTURES),
+    "folded, samples last": (lambda: Folded(False), PICTURES),
     "one row": (OneRow, TOKENS[:, 0]),
     "conv": (lambda: image(nn.Conv2d(3, 8, 3, stride=2, padding=1)), PICTURES),
     "dilated": (lambda: image(nn.Conv2d(3, 8, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 3))), PICTURES),
@@ -340,7 +356,9 @@ def test_processes_that_reduce_their_halves_have_the_factors_of_the_union():
             same(mine, theirs)
 
 
-@pytest.mark.parametrize("name", ["circular", "tokens", "tokens first", "called twice", "one row"])
+@pytest.mark.parametrize(
+    "name", ["circular", "tokens", "tokens first", "called twice", "one row", "folded, samples first"]
+)
 def test_chunks_change_nothing(name, monkeypatch):
     model, _, x = network(name)
     layers, bases = layers_of(model), {}

@@ -142,17 +142,14 @@ def test_the_distribution_is_found_out_in_low_precision(name, dtype):
     assert (likelihood.relative() - expected).abs().max() < (1e-3 if dtype == torch.float32 else 0.1)
 
 
-def test_a_term_that_is_saturated_counts_as_the_others():
-    z = outputs_of((N, C), torch.float32).detach().clone()
-    z[0], z[1] = (
-        torch.tensor([0.0, 40, 0, 0]),
-        torch.tensor([0.0, 9, 0, 0]),
-    )  # the label of the first is 0: sure, and wrong
-    z.requires_grad_()
-    likelihood = likelihood_of(CASES["mean"][2](z), z)
-    torch.testing.assert_close(likelihood.relative(), torch.ones(N, 1).double(), rtol=1e-2, atol=0)
-    expected = z.detach().double().softmax(1) - F.one_hot(labels_like(z), C)
-    torch.testing.assert_close(empirical_gradients(CASES["mean"][2](z), z), expected, rtol=1e-2, atol=1e-6)
+def test_terms_that_are_saturated_count_as_the_others_unless_they_are_ignored():
+    z, labels = outputs_of((200, C), torch.float32, scale=12.0), torch.arange(200) % C  # most are sure, and wrong
+    labels[::10] = -100
+    value = F.cross_entropy(z, labels)
+    expected = (labels >= 0).double().unsqueeze(1)
+    torch.testing.assert_close(likelihood_of(value, z).relative(), expected, rtol=1e-2, atol=0)
+    gradients = (z.detach().double().softmax(1) - F.one_hot(labels.clamp_min(0), C)) * expected
+    torch.testing.assert_close(empirical_gradients(value, z), gradients, rtol=1e-2, atol=1e-6)
 
 
 RELATIVE = {"class weights": SOFTMAX[torch.arange(N) % C], "ignored": (LABELS >= 0).double(), "mean": torch.ones(N)}
@@ -198,6 +195,8 @@ def test_of_another_loss_the_distribution_must_be_said_and_what_it_ignores_count
         sampled_gradients(
             (z.exp() - z).mean(), z, generator()
         )  # Poisson: its curvature, too, is that of single entries
+    with pytest.raises(ModelError, match="no softmax cross-entropy"):
+        sampled_gradients((3 * z.square() + z * z.roll(1, 1)).mean(), z, generator())  # quadratic, but outputs meet
     for distribution in ("categorical", "bernoulli", "gaussian"):
         found = sampled_gradients(other_loss(z[:4]), z, generator(), distribution)
         assert found[:4].any(1).all()
