@@ -7,7 +7,6 @@ really taken: not batches that accumulate, nor steps that a gradient scaler skip
 """
 
 import dataclasses
-import fnmatch
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,23 +18,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_prune.callback.channels import ChannelRemoval, channel_removal
-from lightning_prune.callback.checks import check_integer
+from lightning_prune.callback.checks import check_choice, check_integer
+from lightning_prune.callback.columns import ColumnRemoval, column_removal
 from lightning_prune.callback.course import Course
 from lightning_prune.callback.exhibit import Exhibit
 from lightning_prune.callback.masking import Masking
+from lightning_prune.callback.ratios import Ratios, check_names, check_ratios, ratio_of, scores_by_ratio
 from lightning_prune.callback.task import Task
-from lightning_prune.callback.unit_slices import UnitSlices, even, frozen_units
-from lightning_prune.errors import CheckpointError, ModelError, OptionError, TrainerError
+from lightning_prune.callback.unit_slices import Cells, UnitSlices, even, frozen_units
+from lightning_prune.errors import CheckpointError, ModelError, TrainerError
 from lightning_prune.measure.picture import draw_growth
 from lightning_prune.structure.groups import Group, Structure
 from lightning_prune.structure.masks import Masks
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.removal import removal_steps
 from lightning_prune.structure.select import Pattern
+from lightning_prune.structure.steps import Step
 
 log = logging.getLogger(__name__)
 
-Ratios = Literal["uniform", "pca"] | dict[str, float]
 FOLLOWED = 50  # steps after which running statistics have followed a change: 0.9 to the power of 50 is 0.5 %
 POINTS = 200  # of the history, at most about so many
 
@@ -63,13 +64,8 @@ class GrowthRemoval(ChannelRemoval):
         found = super().look(task)
         found = found.without(frozen_units(found, dict(task.model.named_parameters())), _FROZEN)
         if isinstance(self.ratios, Mapping):
-            names = [group.name for group in found.groups]
-            for pattern in self.ratios:
-                if not fnmatch.filter(names, pattern):
-                    raise OptionError(
-                        f"{self.method}(ratios): {pattern!r} matches no group that can shrink. These are: {names}."
-                    )
-            unnamed = [group.units for group in found.groups if not _ratio(self.ratios, group)]
+            check_names(self.method, self.ratios, [group.name for group in found.groups])
+            unnamed = [group.units for group in found.groups if not ratio_of(self.ratios, group.name)]
             found = found.without(np.concatenate([np.empty(0, np.int64), *unnamed]), _UNNAMED)
         return found
 
@@ -81,25 +77,38 @@ class GrowthRemoval(ChannelRemoval):
         """
         return ~self._choose(task, self.score(task, found, (), 1.0), 1.0)
 
+    def slices(self, model: nn.Module, found: Structure) -> UnitSlices:
+        """Return the units as tensors see them."""
+        return UnitSlices(model, found)
 
-def _ratio(ratios: Mapping[str, float], group: Group) -> float:
-    """Return the ratio of a group: that of the last pattern that matches, 0 if none does."""
-    return next((r for name, r in reversed([*ratios.items()]) if fnmatch.fnmatchcase(group.name, name)), 0.0)
+    def groups(self, found: Structure) -> Sequence[Group]:
+        """Return the groups that give units."""
+        return found.groups
+
+    def read(self, model: nn.Module, found: Structure, index: int) -> Tensor:
+        """Return what the units of a group read in the weights that write them, ``[units, features]``, float64.
+
+        Args:
+            model: The model.
+            found: Its units.
+            index: The place of the group among :meth:`groups`.
+        """
+        group = found.groups[index]
+        parameters, parts = dict(model.named_parameters()), []
+        for slot in (found.slots[place] for place in group.slots):
+            weight = parameters.get(slot.tensor)
+            if slot.zeroed and slot.units.ndim == 1 and weight is not None and weight.ndim >= 2:
+                rows = [np.flatnonzero(slot.units == unit) for unit in group.units]
+                flat = weight.detach().double().movedim(slot.axis, 0).flatten(1)
+                parts.append(torch.stack([flat[torch.from_numpy(own)].flatten() for own in rows]))
+        return torch.cat(parts, 1)
+
+    def pruned(self, model: nn.Module, found: Structure, units: NDArray[np.bool_]) -> tuple[Step, ...]:
+        """Return the steps that remove some units, ``[units]``, fewer where equally many of several blocks must leave."""
+        return removal_steps(model, found, ~even(found, units))
 
 
-def energy_lost(matrix: Tensor) -> NDArray[np.float64]:
-    """Return what share of its energy a matrix loses when its rank is cut by 1, 2, ...: the squares of its smallest singular values.
-
-    Args:
-        matrix: ``[units, features]``, a row for what each unit reads.
-
-    Returns:
-        ``[units]``, float64, ascending, the last one 1.
-    """
-    wide = matrix.detach().double().cpu()
-    energy = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).numpy()
-    lost: NDArray[np.float64] = np.cumsum(energy) / max(float(energy.sum()), 1e-300)
-    return lost
+Units = Literal["channels", "columns"]
 
 
 class Growth(Masking):
@@ -108,6 +117,7 @@ class Growth(Masking):
     Give exactly one of ``flops``, ``params``, ``sparsity``.
 
     Args:
+        units: What leaves: channels, or columns of weights (:mod:`lightning_prune.callback.columns`), of which ``sparsity`` alone can say how many.
         flops: Bound on the multiply-adds of the model: share of the dense one (float) or a count for the example inputs (int).
         params: Bound on its parameters, likewise.
         sparsity: Share of the channels that leave, in [0, 1), of the dense model's; or such shares by name or glob of a group.
@@ -138,7 +148,8 @@ class Growth(Masking):
     """
 
     grown = "penalty"
-    slices: UnitSlices
+    removal: GrowthRemoval | ColumnRemoval
+    slices: Cells
     values: Tensor
     gone: Tensor
     quota: Tensor
@@ -147,6 +158,7 @@ class Growth(Masking):
     def __init__(
         self,
         *,
+        units: Units = "channels",
         flops: float | int | None = None,
         params: float | int | None = None,
         sparsity: float | dict[str, float] | None = None,
@@ -160,13 +172,17 @@ class Growth(Masking):
     ) -> None:
         super().__init__(include=include, exclude=exclude, recalibrate_bn=recalibrate_bn)
         self.flops, self.params, self.sparsity, self.ratios = flops, params, sparsity, ratios
+        self.units = units
         self.align, self.min_channels, self.start_epoch = align, min_channels, start_epoch
         self.gradual = True
         check_integer(self, "start_epoch", 0)
-        _check_ratios(type(self).__name__, ratios, sparsity)
+        check_choice(self, "units", ("channels", "columns"))
+        check_ratios(type(self).__name__, ratios, sparsity)
         self.scope = "uniform" if ratios == "uniform" and not isinstance(sparsity, Mapping) else "global"
-        removal = channel_removal(self, self.score_units, self.scope)
-        self.removal = GrowthRemoval(**vars(removal), ratios=ratios)
+        if units == "columns":
+            self.removal = column_removal(self, self.score_units)
+        else:
+            self.removal = GrowthRemoval(**vars(channel_removal(self, self.score_units, self.scope)), ratios=ratios)
         Growth.reset(self)
 
     def reset(self) -> None:
@@ -237,22 +253,17 @@ class Growth(Masking):
                 f"{type(self).__name__}: weights are not finite after {self.steps:,} steps. Look for a diverged training."
             )
 
-    def score_units(self, task: Task, structure: Structure, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+    def score_units(self, task: Task, found: Any, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Score the units by the size of the weights that write them, and so that shares by ``ratios`` come out of one ranking."""
-        slices = UnitSlices(task.model, structure)
-        sizes = slices.scores()
+        sizes = self.removal.slices(task.model, found).scores()
         self.check_finite(sizes)
-        scores: NDArray[np.float64] = sizes.double().cpu().numpy()
-        if self.ratios == "uniform":
-            return scores
-        for group in structure.groups:
-            given = np.arange(1, group.units.size + 1) / group.units.size
-            if self.ratios == "pca":
-                lost = energy_lost(_written(structure, group, dict(task.model.named_parameters())))
-            else:
-                lost = given / _ratio(self.ratios, group)
-            scores[group.units[np.argsort(scores[group.units], kind="stable")]] = lost
-        return scores
+        groups = self.removal.groups(found)
+        return scores_by_ratio(
+            sizes.double().cpu().numpy(),
+            groups,
+            self.ratios,
+            lambda index: self.removal.read(task.model, found, index),
+        )
 
     # The fit --------------------------------------------------------------------------------------------------------------------
 
@@ -267,7 +278,7 @@ class Growth(Masking):
             CheckpointError: If the checkpoint was written for other units.
         """
         super().begin(task)
-        self.slices = UnitSlices(task.model, self._found)
+        self.slices = self.removal.slices(task.model, self._found)
         if self._saved is not None:
             self._take_up(self._saved)
 
@@ -281,13 +292,13 @@ class Growth(Masking):
         """
         if self._done or self._task is None:
             return
-        self.slices = UnitSlices(pl_module, self._found)  # the precision of the Trainer may be another
+        self.slices = self.removal.slices(pl_module, self._found)  # the precision of the Trainer may be another
         if self._saved is not None:
             return
         count, device = self.slices.count, self.slices.cell.device
         self.values = torch.zeros(count, dtype=self.slices.dtype, device=device)
         self.gone = torch.zeros(count, dtype=torch.bool, device=device)
-        leaving = torch.from_numpy(self.removal.leaving(self._task, self._found)).to(device)  # type: ignore[attr-defined]
+        leaving = torch.from_numpy(self.removal.leaving(self._task, self._found)).to(device)
         quota = self.slices.counts(leaving)
         if trainer.world_size > 1:
             quota = trainer.strategy.broadcast(quota.cpu(), src=0).to(device)
@@ -337,8 +348,8 @@ class Growth(Masking):
         return self.gone
 
     def _plan_for(self, module: nn.Module, units: Tensor) -> Plan:
-        """Return the steps that remove some units, fewer where equally many of several blocks must leave."""
-        return Plan(removal_steps(module, self._found, ~even(self._found, units.cpu().numpy())))
+        """Return the steps that remove some units."""
+        return Plan(self.removal.pruned(module, self._found, units.cpu().numpy()))
 
     def _close(self, trainer: Any, pl_module: Any) -> None:
         if self._begun:
@@ -470,34 +481,3 @@ class Growth(Masking):
 
 
 _FACTS = ("kept_size", "leaving_size", "value_median", "value_90", "value_max", "units_gone")
-
-
-def _written(structure: Structure, group: Group, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-    """Return what the units of a group read in the weights that write them, side by side, ``[units, features]``, float64."""
-    found = []
-    for slot in (structure.slots[index] for index in group.slots):
-        weight = parameters.get(slot.tensor)
-        if slot.zeroed and slot.units.ndim == 1 and weight is not None and weight.ndim >= 2:
-            rows = [np.flatnonzero(slot.units == unit) for unit in group.units]
-            flat = weight.detach().double().movedim(slot.axis, 0).flatten(1)
-            found.append(torch.stack([flat[torch.from_numpy(own)].flatten() for own in rows]))
-    return torch.cat(found, 1)
-
-
-def _check_ratios(method: str, ratios: object, sparsity: object) -> None:
-    if isinstance(ratios, Mapping):
-        wrong = {k: v for k, v in ratios.items() if not _is_positive(v)}
-        if wrong or not ratios:
-            raise OptionError(
-                f"{method}(ratios={ratios!r}): give numbers above 0 by name or glob of a group, at least one."
-            )
-    elif ratios not in ("uniform", "pca"):
-        raise OptionError(f"{method}(ratios={ratios!r}): give 'uniform', 'pca' or numbers by name of a group.")
-    if isinstance(sparsity, Mapping) and ratios != "uniform":
-        raise OptionError(
-            f"{method}(ratios={ratios!r}): sparsity by group says itself what each group gives; drop one of them."
-        )
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

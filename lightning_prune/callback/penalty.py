@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_prune.callback.course import Course, rates_to_come
-from lightning_prune.callback.growth import Growth, Ratios
-from lightning_prune.callback.unit_slices import UnitSlice
+from lightning_prune.callback.growth import Growth, Units
+from lightning_prune.callback.ratios import Ratios
+from lightning_prune.callback.unit_slices import Slices
 from lightning_prune.errors import OptionError, TrainerError
 from lightning_prune.probe import FOREIGN
 from lightning_prune.structure.select import Pattern
@@ -111,6 +112,7 @@ class Penalty(Growth):
     Args:
         ceiling: The largest penalty; None derives it from the learning rate, as large as is sure to be stable: ``lr * ceiling = 0.2 (1 - momentum)``.
         norms: Whether biases, and scales and shifts of normalization, are penalized with the filters of their units.
+        units: What leaves.
         flops: Bound on the multiply-adds of the model; see :class:`~lightning_prune.callback.growth.Growth`, as for all that follow.
         params: Bound on its parameters.
         sparsity: Share of the channels that leave.
@@ -134,6 +136,7 @@ class Penalty(Growth):
         *,
         ceiling: float | None = None,
         norms: bool = True,
+        units: Units = "channels",
         flops: float | int | None = None,
         params: float | int | None = None,
         sparsity: float | dict[str, float] | None = None,
@@ -146,6 +149,7 @@ class Penalty(Growth):
         recalibrate_bn: int = 8,
     ) -> None:
         super().__init__(
+            units=units,
             flops=flops,
             params=params,
             sparsity=sparsity,
@@ -258,7 +262,7 @@ class Penalty(Growth):
                 shrink_(own.parameter, penalty, group["lr"])
         super().on_stepped(trainer, module, optimizer)
 
-    def _penalized(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[UnitSlice, Tensor, dict[str, Any]]]:
+    def _penalized(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Slices, Tensor, dict[str, Any]]]:
         """Yield what an optimizer holds that is penalized, the penalty, shaped to broadcast, and its parameter group."""
         if self.over:
             return

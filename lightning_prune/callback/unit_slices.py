@@ -1,8 +1,8 @@
 """Units as tensors see them: where they are written, how large that is, and how they rank among their like."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -10,6 +10,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_prune.structure.groups import Slot, Structure
+
+
+class Slices(Protocol):
+    """Where units lie on a parameter."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter."""
+
+    def along(self, values: Tensor) -> Tensor:
+        """Shape values of units, ``[units + 1]``, the last for what is of no unit, so that they broadcast over the parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,51 +75,36 @@ class UnitSlice:
         return nn.functional.pad(means, (0, 1))[self.places].sum(1) * self.share
 
 
-class UnitSlices:
-    """The units of a model by the tensors that write them, and the cells that they compete in.
-
-    A *cell* is units of one group, and of one block of every count tie: however many leave each cell, the tensors stay rectangular
-    if only these numbers are kept. Everything works on whole tensors; nothing loops over units or waits for a device.
+class Cells:
+    """Units that compete, by the cells that they compete in. Everything works on whole tensors; nothing loops over units or waits for a device.
 
     Args:
-        model: The model.
-        structure: Its units.
+        cell: Cell of every unit, ``[units]``, numbered from 0.
+        weights: The slices of weights, those of two axes or more.
+        others: The slices of biases, and of scales and shifts of normalization.
 
     Attributes:
         count: Number of units.
         cell: Cell of every unit, ``[units]``.
         size: Units of every cell, ``[cells]``.
-        weights: The slices of weights, those of two axes or more.
-        others: The slices of biases, and of scales and shifts of normalization.
+        weights: As given.
+        others: As given.
+        dtype: Of scores.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure) -> None:
-        tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-        slots = [slot for own in structure.by_tensor.values() for slot in own if slot.zeroed and slot.units.ndim == 1]
-        times = np.zeros(structure.count, np.int64)
-        for slot in slots:
-            if tensors[slot.tensor].ndim >= 2:
-                times[np.unique(slot.units[slot.units >= 0])] += 1
-        found = [(p, UnitSlice.of(p, s, times)) for s in slots for p in [tensors[s.tensor]]]
-        self.count = structure.count
-        self.weights = [own for p, own in found if isinstance(p, nn.Parameter) and p.ndim >= 2]
-        self.others = [own for p, own in found if isinstance(p, nn.Parameter) and p.ndim < 2]
-        self._held = [(tensors[slot.tensor], slot) for slot in slots]
-        kinds = [own.parameter.dtype for own in self.weights]
+    def __init__(self, cell: NDArray[np.int64], weights: Sequence[Slices], others: Sequence[Slices] = ()) -> None:
+        self.count, self.weights, self.others = cell.size, weights, others
+        kinds = [own.parameter.dtype for own in weights]
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
-        device = next((own.parameter.device for own in self.weights), torch.device("cpu"))
-        cell = cells_of(structure)
+        device = next((own.parameter.device for own in weights), torch.device("cpu"))
         self.cell = torch.from_numpy(cell).to(device)
         self.size = torch.from_numpy(np.bincount(cell)).to(device)
         first = self.size.cumsum(0) - self.size
         self._place = torch.arange(self.count, device=device) - first[self.cell.sort().values]
 
     def scores(self) -> Tensor:
-        """Return the mean over the weights that write a unit of the mean absolute value there, ``[units]``."""
-        total = torch.zeros(self.count, dtype=self.dtype, device=self.cell.device)
-        for own in self.weights:
-            total.index_add_(0, own.here, own.sizes(self.dtype))  # no unit stands twice in ``here``: nothing to reorder
-        return total
+        """Return the mean absolute value of what makes up a unit, ``[units]``."""
+        raise NotImplementedError
 
     def ranks(self, *keys: Tensor) -> Tensor:
         """Return the place of every unit among those of its cell, ``[units]``, from 0.
@@ -124,6 +120,41 @@ class UnitSlices:
     def counts(self, flags: Tensor) -> Tensor:
         """Return how many units of every cell are flagged, ``[cells]``."""
         return torch.zeros_like(self.size).index_add_(0, self.cell, flags.to(self.size.dtype))
+
+    def masks(self, gone: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the tensors that hold units which are gone, each with a mask that is False there, on the CPU."""
+        raise NotImplementedError
+
+
+class UnitSlices(Cells):
+    """The channels of a model by the tensors that write them.
+
+    A *cell* is units of one group, and of one block of every count tie: however many leave each cell, the tensors stay rectangular
+    if only these numbers are kept.
+
+    Args:
+        model: The model.
+        structure: Its units.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        slots = [slot for own in structure.by_tensor.values() for slot in own if slot.zeroed and slot.units.ndim == 1]
+        times = np.zeros(structure.count, np.int64)
+        for slot in slots:
+            if tensors[slot.tensor].ndim >= 2:
+                times[np.unique(slot.units[slot.units >= 0])] += 1
+        found = [UnitSlice.of(p, s, times) for s in slots for p in [tensors[s.tensor]] if isinstance(p, nn.Parameter)]
+        self._own = [own for own in found if own.parameter.ndim >= 2]
+        self._held = [(tensors[slot.tensor], slot) for slot in slots]
+        super().__init__(cells_of(structure), self._own, [own for own in found if own.parameter.ndim < 2])
+
+    def scores(self) -> Tensor:
+        """Return the mean over the weights that write a unit of the mean absolute value there, ``[units]``."""
+        total = torch.zeros(self.count, dtype=self.dtype, device=self.cell.device)
+        for own in self._own:
+            total.index_add_(0, own.here, own.sizes(self.dtype))  # no unit stands twice in ``here``: nothing to reorder
+        return total
 
     def masks(self, gone: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the tensors that write units which are gone, each with a mask that is False there, on the CPU."""

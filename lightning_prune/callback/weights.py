@@ -60,14 +60,12 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightRemoval:
-    """Single weights leave: they are masked, and units whose weights are all masked go for good.
+class EntryRemoval:
+    """Entries of weights leave: they are masked, and units whose weights are all masked go for good.
 
     Attributes:
         method: Name of the method, for messages.
-        choose: Chooses what stays; see :meth:`WeightPruning.choose_weights`.
         sparsity: Share of the weights that leaves, of the dense model's.
-        min_kept: At least so many weights of every tensor stay.
         remove_dead: Whether units that die are cut off.
         include: Layers to take.
         exclude: Layers to leave alone.
@@ -75,9 +73,7 @@ class WeightRemoval:
     """
 
     method: str
-    choose: ChooseWeights
     sparsity: float
-    min_kept: int
     remove_dead: bool
     include: Pattern | Sequence[Pattern] | None
     exclude: Pattern | Sequence[Pattern] | None
@@ -87,18 +83,6 @@ class WeightRemoval:
         """Return the names of the layers that hold prunable weights and are selected."""
         layers = prunable_layers(model)
         return set(select(layers, self.include, self.exclude)) if layers else set()
-
-    def met(self, task: Task) -> str | None:
-        """Return why the target is already met, in words, or None."""
-        if self.sparsity == 0:
-            return "sparsity=0 removes nothing"
-        if not task.plan:
-            return None
-        weights = self.look(task)
-        count = count_to_remove(self.sparsity, weights.entries)
-        if weights.removed < count:
-            return None
-        return f"{weights.removed:,} of {weights.entries:,} weights have left, sparsity={self.sparsity} are asked for"
 
     def look(self, task: Task) -> Weights:
         """Return the prunable weights.
@@ -123,35 +107,9 @@ class WeightRemoval:
         parameters = dict(model.named_parameters())
         return all(parameters.get(key) is p and p.shape == found.kept[key].shape for key, p in found.tensors.items())
 
-    def check(self, task: Task, found: Weights) -> None:
-        """Raise if the target cannot be met.
-
-        Raises:
-            BudgetError: If ``min_kept`` leaves too few that could go.
-        """
-        free = sum(max(0, weight.numel() - self.min_kept) for weight in found.tensors.values())
-        count = count_to_remove(self.sparsity, found.entries) - found.gone
-        if count > free:
-            raise BudgetError(
-                f"{self.method}(sparsity={self.sparsity}, min_kept={self.min_kept}) would remove {count:,} weights of "
-                f"{len(found.tensors)} tensors, of which at most {free:,} may go. Lower sparsity or min_kept."
-            )
-
     def score(self, task: Task, found: Weights, pending: Sequence[Step], share: float | None) -> Weights:
-        """Choose which weights stay; every rank comes to the same."""
-        now = _with(found, pending)
-        if share is None:
-            return self._with_dead(task, now)
-        self.check(task, found)
-        target = count_to_remove(self.sparsity, found.entries)
-        start = found.removed  # before this fit
-        count = start + round((target - start) * share) - found.gone if share < 1 else target - found.gone
-        with masked(dict(now.tensors), now.kept):
-            stays = self.choose(task, now.tensors, now.kept, max(count, now.removed - now.gone))
-        kept = {key: (stays[key] != 0).to(mask.device) & mask for key, mask in now.kept.items()}
-        gains = {key: factors for key, factors in stays.items() if factors.is_floating_point()}
-        chosen = dataclasses.replace(now, kept=kept, gains=gains)
-        return self._with_dead(task, chosen) if share == 1 and not pending else chosen
+        """Return what is masked, and the units that die of it: nothing more will leave."""
+        return self._with_dead(task, _with(found, pending))
 
     def _with_dead(self, task: Task, weights: Weights) -> Weights:
         """Find the units that die, with batch normalization's statistics of the masked model, which their constants depend on.
@@ -197,6 +155,61 @@ class WeightRemoval:
     def facts(self, task: Task, found: Weights, pending: Sequence[Step]) -> dict[str, float]:
         """Return the share of the dense model's weights that is masked or gone."""
         return {"masked/sparsity": _with(found, pending).removed / found.entries}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRemoval(EntryRemoval):
+    """Single weights leave.
+
+    Attributes:
+        choose: Chooses what stays; see :meth:`WeightPruning.choose_weights`.
+        min_kept: At least so many weights of every tensor stay.
+    """
+
+    choose: ChooseWeights
+    min_kept: int
+
+    def met(self, task: Task) -> str | None:
+        """Return why the target is already met, in words, or None."""
+        if self.sparsity == 0:
+            return "sparsity=0 removes nothing"
+        if not task.plan:
+            return None
+        weights = self.look(task)
+        count = count_to_remove(self.sparsity, weights.entries)
+        if weights.removed < count:
+            return None
+        return f"{weights.removed:,} of {weights.entries:,} weights have left, sparsity={self.sparsity} are asked for"
+
+    def check(self, task: Task, found: Weights) -> None:
+        """Raise if the target cannot be met.
+
+        Raises:
+            BudgetError: If ``min_kept`` leaves too few that could go.
+        """
+        free = sum(max(0, weight.numel() - self.min_kept) for weight in found.tensors.values())
+        count = count_to_remove(self.sparsity, found.entries) - found.gone
+        if count > free:
+            raise BudgetError(
+                f"{self.method}(sparsity={self.sparsity}, min_kept={self.min_kept}) would remove {count:,} weights of "
+                f"{len(found.tensors)} tensors, of which at most {free:,} may go. Lower sparsity or min_kept."
+            )
+
+    def score(self, task: Task, found: Weights, pending: Sequence[Step], share: float | None) -> Weights:
+        """Choose which weights stay; every rank comes to the same."""
+        if share is None:
+            return super().score(task, found, pending, share)
+        self.check(task, found)
+        now = _with(found, pending)
+        target = count_to_remove(self.sparsity, found.entries)
+        start = found.removed  # before this fit
+        count = start + round((target - start) * share) - found.gone if share < 1 else target - found.gone
+        with masked(dict(now.tensors), now.kept):
+            stays = self.choose(task, now.tensors, now.kept, max(count, now.removed - now.gone))
+        kept = {key: (stays[key] != 0).to(mask.device) & mask for key, mask in now.kept.items()}
+        gains = {key: factors for key, factors in stays.items() if factors.is_floating_point()}
+        chosen = dataclasses.replace(now, kept=kept, gains=gains)
+        return self._with_dead(task, chosen) if share == 1 and not pending else chosen
 
 
 def _with(found: Weights, pending: Sequence[Step]) -> Weights:

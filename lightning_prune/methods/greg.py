@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.callback.checks import check_choice, check_integer
-from lightning_prune.callback.growth import Ratios
 from lightning_prune.callback.penalty import Penalty, check_positive
+from lightning_prune.callback.ratios import Ratios
 from lightning_prune.errors import OptionError, TrainerError
 from lightning_prune.structure.select import Pattern
 

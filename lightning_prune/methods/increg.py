@@ -10,9 +10,9 @@ among the groups that are not pruned yet each penalty moves::
 ceiling is pruned for good. Since nothing at or above place ``n``, the number that still has to go, is ever punished, a layer lands exactly on
 its target.
 
-Unlike the authors' code: groups are channels with all that leaves with them, not columns; the negative branch is clipped at ``-A`` by
-default, since it falls exponentially and would wipe out in one step what has grown; a ceiling is what it says (theirs is multiplied by
-2.45 at the start); running means count the steps of this fit; biases and normalization are penalized, too
+Unlike the authors' code: groups are channels with all that leaves with them, unless ``units`` asks for columns as theirs are; the negative branch is
+clipped at ``-A`` by default, since it falls exponentially and would wipe out in one step what has grown; a ceiling is what it says (theirs is
+multiplied by 2.45 at the start); running means count the steps of this fit; biases and normalization are penalized, too
 (:mod:`lightning_prune.callback.penalty`). What has not reached the ceiling when nine tenths of the planned steps are over is pruned then, in
 the order of the penalties.
 """
@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from lightning_prune.callback.checks import check_choice
-from lightning_prune.callback.growth import Ratios
+from lightning_prune.callback.growth import Units
 from lightning_prune.callback.penalty import Penalty, check_positive
+from lightning_prune.callback.ratios import Ratios
 from lightning_prune.errors import TrainerError
 from lightning_prune.structure.select import Pattern
 
@@ -126,13 +127,17 @@ class IncReg(Penalty):
         shape: ``"exponential"`` or ``"linear"``: how the change falls with the rank.
         delta_clip: No penalty falls by more than ``delta_clip * strength`` per step; None as in the authors' code.
         norms: Whether biases, and scales and shifts of normalization, are penalized with the filters of their channels.
+        units: ``"channels"`` leave with all that writes and reads them; ``"columns"``, the paper's own groups, are the weights of all outputs of a
+            layer for one input, at one position of a convolution's kernel. They stay as masked weights, but for channels of which all columns
+            have left, and have no bound but ``sparsity``.
         flops: Bound on the multiply-adds of the model: share of the dense one (float) or a count for the example inputs (int).
         params: Bound on its parameters, likewise.
-        sparsity: Share of the channels that leave, in [0, 1), of the dense model's; or such shares by name or glob of a group.
+        sparsity: Share of the channels that leave, in [0, 1), of the dense model's, or of the weights, in whole columns; or such shares by name or
+            glob of a group, for columns of a layer.
         ratios: What the groups give for one bound: ``"uniform"``, the same share of each; ``"pca"``, as much as leaves every group
             the same share of the energy of its weights' principal components; or shares relative to each other by name or glob.
-        align: Channels kept are multiples of it; 1 switches that off.
-        min_channels: At least so many channels of a group stay.
+        align: Channels kept are multiples of it; 1 switches that off. Columns are not aligned.
+        min_channels: At least so many channels of a group stay, or columns of a layer.
         include: Layers whose channels may leave: names, globs or module types; None takes all.
         exclude: Layers whose channels stay, likewise.
         start_epoch: First epoch in which penalties grow.
@@ -153,6 +158,7 @@ class IncReg(Penalty):
         shape: Shape = "exponential",
         delta_clip: float | None = 1.0,
         norms: bool = True,
+        units: Units = "channels",
         flops: float | int | None = None,
         params: float | int | None = None,
         sparsity: float | dict[str, float] | None = None,
@@ -167,6 +173,7 @@ class IncReg(Penalty):
         super().__init__(
             ceiling=ceiling,
             norms=norms,
+            units=units,
             flops=flops,
             params=params,
             sparsity=sparsity,

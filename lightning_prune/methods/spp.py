@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_prune.callback.checks import check_choice, check_integer
-from lightning_prune.callback.growth import Growth, Ratios
+from lightning_prune.callback.growth import Growth
+from lightning_prune.callback.ratios import Ratios
 from lightning_prune.errors import OptionError
 from lightning_prune.methods.increg import GROWING, punishment, steepness_for, updates_needed
 from lightning_prune.structure.groups import Structure

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_prune.callback.masking import Masking
-from lightning_prune.callback.weights import WeightRemoval
+from lightning_prune.callback.weights import EntryRemoval
 from lightning_prune.errors import OptionError
 from lightning_prune.recipe import checks
 from lightning_prune.recipe.schema import Recipe, Stage
@@ -100,7 +100,7 @@ def _final_budget(recipe: Recipe) -> tuple[str, Budget | None, bool]:
 
 def removes_weights(method: Any) -> bool:
     """Tell whether a method removes single weights."""
-    return isinstance(getattr(method, "removal", None), WeightRemoval)
+    return isinstance(getattr(method, "removal", None), EntryRemoval)
 
 
 def _arguments(given: Mapping[str, Any], method: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from torch import nn
 
 from lightning_prune import count_flops
 from lightning_prune.callback import compress, rehearse
-from lightning_prune.callback.growth import energy_lost
 from lightning_prune.callback.penalty import Pace, penalize_, shrink_
+from lightning_prune.callback.ratios import energy_lost
 from lightning_prune.callback.unit_slices import UnitSlices, cells_of, even
 from lightning_prune.errors import BudgetError, CheckpointError, ModelError, OptionError, TrainerError
 from lightning_prune.methods.greg import GReg
