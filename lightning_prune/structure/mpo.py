@@ -1,0 +1,240 @@
+"""Layers whose weight is a matrix product operator (:mod:`lightning_prune.structure.tensor_train`).
+
+A layer contracts its cores with the input from the first core on, from the last on, or multiplies them to the dense weight first; what is
+cheapest for the rows or pixels at hand is taken (:meth:`~lightning_prune.structure.tensor_train.Form.way`), by a rule and not by a clock, so
+that the same layer computes the same way everywhere. A traced graph holds one way for every batch and never the dense weight.
+
+Core ``k`` is stored as ``[J_k, D_k, D_{k-1}, I_k]``: as the matrix ``[J_k D_k, D_{k-1} I_k]`` it maps the ``k``-th input mode with the
+bond before it to the ``k``-th output mode with the bond after it, and nothing is transposed on the way. The core of a convolution's kernel is ``[D_n, K]``.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_prune.errors import ModelError
+from lightning_prune.structure.layers import DenseLayer, is_plain
+from lightning_prune.structure.tensor_train import Form, Way, contract, fold, unfold
+
+Training: TypeAlias = Literal["auto", "factorized", "reconstruct"]
+WAYS: dict[Training, tuple[Way, ...]] = {
+    "auto": ("left", "right", "dense"),
+    "factorized": ("left", "right"),
+    "reconstruct": ("dense",),
+}
+
+
+class MPO(nn.Module):
+    """Base of both layers.
+
+    Args:
+        like: The dense layer; gives sizes, bias, device, type, training flag and ``requires_grad``, no values.
+        form: Modes and bonds.
+        train: How to contract while training: ``"auto"`` by the rule, ``"factorized"`` core by core, ``"reconstruct"`` by the dense weight.
+
+    Attributes:
+        cores: One parameter per site.
+        bias: That of the dense layer, or None.
+
+    Raises:
+        ModelError: If the form is not one for this layer.
+    """
+
+    def __init__(self, like: DenseLayer, form: Form, train: Training = "auto") -> None:
+        super().__init__()
+        check_form(like, form)
+        self.form, self.train_by, self.weight_shape = form, train, tuple(like.weight.shape)
+        ends = (1, *form.bonds, 1)
+        shapes: list[tuple[int, ...]] = [
+            (j, ends[k + 1], ends[k], i) for k, (j, i) in enumerate(zip(form.outputs, form.inputs, strict=True))
+        ]
+        shapes += [(form.bonds[-1], form.kernel)] if form.kernel else []
+        self.cores = nn.ParameterList([like.weight.new_empty(shape) for shape in shapes])
+        self.cores.requires_grad_(like.weight.requires_grad)
+        bias = None if like.bias is None else nn.Parameter(torch.empty_like(like.bias), like.bias.requires_grad)
+        self.register_parameter("bias", bias)
+        self.train(like.training)
+
+    def extra_repr(self) -> str:
+        """Return modes and bonds."""
+        modes = " ".join(f"{j}x{i}" for j, i in zip(self.form.outputs, self.form.inputs, strict=True))
+        return f"{list(self.weight_shape)}, modes={modes}, bonds={list(self.form.bonds)}"
+
+    @torch.no_grad()
+    def fill(self, cores: Sequence[Tensor], bias: Tensor | None) -> None:
+        """Take values.
+
+        Args:
+            cores: ``[D_{k-1}, J_k I_k, D_k]``, ``[D_n, K, 1]`` for the kernel.
+            bias: ``[N]``, or None.
+        """
+        pairs = zip(self.form.outputs, self.form.inputs, strict=True)
+        for core, values, (j, i) in zip(self.cores, cores, pairs, strict=False):
+            core.copy_(values.reshape(-1, j, i, values.shape[2]).permute(1, 3, 0, 2))
+        if self.form.kernel:
+            self.cores[-1].copy_(cores[-1][:, :, 0])
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight ``[N, C, *kernel]`` that the cores stand for.
+
+        The last product has rows of the weight as its rows, only in another order: of the large result, whole rows are copied.
+        """
+        *first, last = list(self.cores)[: len(self.form.inputs)]
+        j, _, bond, i = last.shape
+        right = last.permute(0, 2, 3, 1)  # [J, D, I, D']
+        right = (right @ self.cores[-1] if self.form.kernel else right).reshape(j, bond, -1)  # [J, D, I K]
+        if first:
+            left = first[0].permute(0, 3, 1, 2)[..., 0]  # [J, I, D]
+            for core in first[1:]:
+                left = torch.einsum("aid,jedk->ajike", left, core).flatten(2, 3).flatten(0, 1)
+            joined = torch.bmm(left.reshape(1, -1, bond).expand(j, -1, -1), right)  # [J_n, J I, I_n K]
+            right = joined.reshape(j, left.shape[0], -1).transpose(0, 1)
+        weight = right.reshape(self.form.rows, self.form.columns, -1)
+        rows, columns = self.weight_shape[:2]
+        return weight[:rows, :columns].reshape(self.weight_shape)
+
+    def way(self, outer: int, inner: int | None = None) -> Way:
+        """Return how this layer contracts for so many output and input positions; a graph that is exported serves all of them."""
+        if torch.compiler.is_exporting():
+            return self.form.way(allowed=WAYS["factorized"])
+        return self.form.way(outer, inner, WAYS[self.train_by if self.training else "auto"])
+
+    def _left(self, z: Tensor, pixels: int = 1) -> Tensor:
+        """Contract ``[B, I, P]`` from the first core on to ``[B J_1 ... J_{n-1}, J_n D_n, P]``."""
+        rest = self.form.columns * pixels
+        for core in list(self.cores)[: len(self.form.inputs)]:
+            out, right, left, inner = core.shape
+            rest //= inner
+            z = _product(core.reshape(out * right, left * inner), z.reshape(-1, left * inner, rest))
+        return z
+
+    def _right(self, z: Tensor, pixels: int = 1) -> Tensor:
+        """Contract ``[B, I, D_n, P]`` from the last core on to ``[B, J_1, J_2 ... J_n P]``."""
+        rest = pixels
+        for core in list(self.cores)[: len(self.form.inputs)][::-1]:
+            out, right, left, inner = core.shape
+            matrix = core.permute(2, 0, 3, 1).reshape(left * out, inner * right)
+            z = _product(matrix, z.reshape(-1, inner * right, rest))
+            rest *= out
+        return z
+
+
+class MPOLinear(MPO):
+    """A linear layer, ``[..., C]`` to ``[..., N]``; arguments as for :class:`MPO`."""
+
+    def __init__(self, like: nn.Linear, form: Form, train: Training = "auto") -> None:
+        super().__init__(like, form, train)
+        self.in_features, self.out_features = like.in_features, like.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + b``."""
+        way = self.way(math.prod(x.shape[:-1]))
+        if way == "dense":
+            return F.linear(x, self.dense_weight(), self.bias)
+        z = F.pad(x, (0, self.form.columns - self.in_features)) if self.form.columns > self.in_features else x
+        z = self._left(z) if way == "left" else self._right(z)
+        z = z.reshape(*x.shape[:-1], self.form.rows)[..., : self.out_features]
+        return z if self.bias is None else z + self.bias
+
+
+class MPOConv(MPO):
+    """A convolution in one to three dimensions, ``[B, C, ...]`` to ``[B, N, ...]``; arguments as for :class:`MPO`.
+
+    From the last core on: one kernel, the same for all input channels, makes ``D_n`` maps of each; the chain maps those to the outputs, pixel by
+    pixel. From the first core on: the chain makes ``D_n`` maps for each output of the pixels of the input, then comes the kernel.
+    """
+
+    def __init__(self, like: nn.Conv1d | nn.Conv2d | nn.Conv3d, form: Form, train: Training = "auto") -> None:
+        super().__init__(like, form, train)
+        self.kind = type(like)
+        self.in_channels, self.out_channels, self.kernel_size = like.in_channels, like.out_channels, like.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = like.stride, like.padding, like.dilation, 1
+        self.padding_mode = like.padding_mode
+        self._reversed_padding_repeated_twice = like._reversed_padding_repeated_twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of ``x`` with ``W``, plus ``b``."""
+        axes = len(self.kernel_size)
+        if x.ndim == axes + 1:
+            return self.forward(x[None])[0]
+        inner = math.prod(x.shape[2:])
+        way = self.way(x.shape[0] * self._pixels(x.shape[2:]), x.shape[0] * inner)
+        if way == "dense":
+            return self._convolve(x, self.dense_weight(), self.bias)
+        extra = self.form.columns - self.in_channels
+        z = F.pad(x, (0, 0) * axes + (0, extra)) if extra else x
+        kernel = self.cores[-1].reshape(-1, 1, *self.kernel_size)
+        if way == "left":
+            z = self._left(z, inner).reshape(-1, kernel.shape[0], *x.shape[2:])
+            z = self._convolve(z, kernel.transpose(0, 1), None)
+        else:
+            z = self._convolve(z.reshape(-1, 1, *x.shape[2:]), kernel, None)
+            z = self._right(z, math.prod(z.shape[2:])).reshape(-1, self.form.rows, *z.shape[2:])
+        z = z.reshape(-1, self.form.rows, *z.shape[2:])[:, : self.out_channels]
+        return z if self.bias is None else z + self.bias.reshape(-1, *[1] * axes)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve as the dense layer does, with its stride, padding and dilation."""
+        convolve: Any = self.kind._conv_forward
+        return convolve(self, x, weight, bias)  # type: ignore[no-any-return]
+
+    def _pixels(self, extent: Sequence[int]) -> int:
+        """Return the number of pixels of the output for an input of ``extent``."""
+        padding = self._reversed_padding_repeated_twice[::-1]
+        count = 1
+        for axis, size in enumerate(extent):
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
+            count *= (size + padding[2 * axis] + padding[2 * axis + 1] - reach - 1) // self.stride[axis] + 1
+        return count
+
+
+def check_form(layer: nn.Module, form: Form) -> None:
+    """Check that a layer can take a form.
+
+    Raises:
+        ModelError: If the layer is neither a plain Linear nor a plain convolution without groups, or the sizes do not match.
+    """
+    if not is_plain(layer) or getattr(layer, "groups", 1) != 1:
+        raise ModelError(f"A {layer} has no form as a matrix product operator; plain linear layers and convolutions of one group have.")
+    outputs, inputs, *kernel = layer.weight.shape
+    positions = math.prod(kernel) if kernel else 0
+    if form.rows < outputs or form.columns < inputs or form.kernel != positions:
+        raise ModelError(
+            f"A weight of {list(layer.weight.shape)} has no {form}: the modes must multiply to {outputs} outputs and {inputs} inputs or more "
+            f"(the rest is filled up with zeros), and the kernel has {positions} positions."
+        )
+
+
+def build_mpo(layer: nn.Module, form: Form, train: Training = "auto") -> MPOLinear | MPOConv:
+    """Build the layer that takes the place of a dense one, values uninitialised.
+
+    Raises:
+        ModelError: As :func:`check_form`.
+    """
+    check_form(layer, form)
+    return MPOLinear(layer, form, train) if isinstance(layer, nn.Linear) else MPOConv(layer, form, train)  # type: ignore[arg-type]
+
+
+def tensor_of(layer: DenseLayer, form: Form) -> Tensor:
+    """Return the weight of a dense layer as the tensor that is decomposed, with one axis per site, detached."""
+    return fold(layer.weight.detach(), form)
+
+
+def weight_from(cores: Sequence[Tensor], form: Form, shape: Sequence[int]) -> Tensor:
+    """Return the weight ``[N, C, *kernel]`` of cores ``[D_{k-1}, J_k I_k, D_k]``."""
+    return unfold(contract(cores), form, shape)
+
+
+def _product(matrix: Tensor, z: Tensor) -> Tensor:
+    """Multiply ``[r, c]`` with every ``[c, p]`` of ``z``, ``[m, c, p]``."""
+    if torch.compiler.is_exporting():
+        return matrix @ z  # the runtime spreads the matrix, and any batch will do
+    if z.shape[2] == 1:
+        return F.linear(z[..., 0], matrix)[..., None]
+    return (matrix @ z[0])[None] if z.shape[0] == 1 else torch.bmm(matrix.expand(z.shape[0], -1, -1), z)
