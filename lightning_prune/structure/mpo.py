@@ -1,15 +1,15 @@
 """Layers whose weight is a matrix product operator (:mod:`lightning_prune.structure.tensor_train`).
 
-A layer contracts its cores with the input from the first core on, from the last on, or multiplies them to the dense weight first; what is
-cheapest for the rows or pixels at hand is taken (:meth:`~lightning_prune.structure.tensor_train.Form.way`), by a rule and not by a clock, so
-that the same layer computes the same way everywhere. A traced graph holds one way for every batch and never the dense weight.
+A layer contracts its cores with the input from the first core on, from the last on, or multiplies them to the dense weight first. What is
+cheapest for the rows or pixels at hand is taken by a rule (:meth:`lightning_prune.structure.tensor_train.Form.way`), not by a clock, so that the
+same layer computes the same way everywhere. An exported graph holds one way for every batch, and never the dense weight.
 
 Core ``k`` is stored as ``[J_k, D_k, D_{k-1}, I_k]``: as the matrix ``[J_k D_k, D_{k-1} I_k]`` it maps the ``k``-th input mode with the
 bond before it to the ``k``-th output mode with the bond after it, and nothing is transposed on the way. The core of a convolution's kernel is ``[D_n, K]``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_prune.errors import ModelError
-from lightning_prune.structure.layers import DenseLayer, is_plain
+from lightning_prune.structure.layers import DenseLayer, describe, is_plain
 from lightning_prune.structure.tensor_train import Form, Way, contract, fold, unfold
 
 Training: TypeAlias = Literal["auto", "factorized", "reconstruct"]
@@ -43,6 +43,8 @@ class MPO(nn.Module):
     Raises:
         ModelError: If the form is not one for this layer.
     """
+
+    bias: Tensor | None
 
     def __init__(self, like: DenseLayer, form: Form, train: Training = "auto") -> None:
         super().__init__()
@@ -73,8 +75,8 @@ class MPO(nn.Module):
             bias: ``[N]``, or None.
         """
         pairs = zip(self.form.outputs, self.form.inputs, strict=True)
-        for core, values, (j, i) in zip(self.cores, cores, pairs, strict=False):
-            core.copy_(values.reshape(-1, j, i, values.shape[2]).permute(1, 3, 0, 2))
+        for core, values, (j, _) in zip(self.cores, cores, pairs, strict=False):
+            core.copy_(values.reshape(values.shape[0], j, -1, values.shape[2]).permute(1, 3, 0, 2))
         if self.form.kernel:
             self.cores[-1].copy_(cores[-1][:, :, 0])
         if self.bias is not None and bias is not None:
@@ -86,18 +88,17 @@ class MPO(nn.Module):
         The last product has rows of the weight as its rows, only in another order: of the large result, whole rows are copied.
         """
         *first, last = list(self.cores)[: len(self.form.inputs)]
-        j, _, bond, i = last.shape
+        j, _, bond, _ = last.shape
         right = last.permute(0, 2, 3, 1)  # [J, D, I, D']
         right = (right @ self.cores[-1] if self.form.kernel else right).reshape(j, bond, -1)  # [J, D, I K]
         if first:
-            left = first[0].permute(0, 3, 1, 2)[..., 0]  # [J, I, D]
+            left: Tensor = first[0].permute(0, 3, 1, 2)[..., 0]  # [J, I, D]
             for core in first[1:]:
                 left = torch.einsum("aid,jedk->ajike", left, core).flatten(2, 3).flatten(0, 1)
             joined = torch.bmm(left.reshape(1, -1, bond).expand(j, -1, -1), right)  # [J_n, J I, I_n K]
             right = joined.reshape(j, left.shape[0], -1).transpose(0, 1)
-        weight = right.reshape(self.form.rows, self.form.columns, -1)
-        rows, columns = self.weight_shape[:2]
-        return weight[:rows, :columns].reshape(self.weight_shape)
+        weight: Tensor = right.reshape(self.form.rows, self.form.columns, -1)
+        return weight[: self.weight_shape[0], : self.weight_shape[1]].reshape(self.weight_shape)
 
     def way(self, outer: int, inner: int | None = None) -> Way:
         """Return how this layer contracts for so many output and input positions; a graph that is exported serves all of them."""
@@ -111,7 +112,7 @@ class MPO(nn.Module):
         for core in list(self.cores)[: len(self.form.inputs)]:
             out, right, left, inner = core.shape
             rest //= inner
-            z = _product(core.reshape(out * right, left * inner), z.reshape(-1, left * inner, rest))
+            z = _product(core.reshape(out * right, left * inner), z, rest)
         return z
 
     def _right(self, z: Tensor, pixels: int = 1) -> Tensor:
@@ -120,7 +121,7 @@ class MPO(nn.Module):
         for core in list(self.cores)[: len(self.form.inputs)][::-1]:
             out, right, left, inner = core.shape
             matrix = core.permute(2, 0, 3, 1).reshape(left * out, inner * right)
-            z = _product(matrix, z.reshape(-1, inner * right, rest))
+            z = _product(matrix, z, rest)
             rest *= out
         return z
 
@@ -139,8 +140,9 @@ class MPOLinear(MPO):
             return F.linear(x, self.dense_weight(), self.bias)
         z = F.pad(x, (0, self.form.columns - self.in_features)) if self.form.columns > self.in_features else x
         z = self._left(z) if way == "left" else self._right(z)
-        z = z.reshape(*x.shape[:-1], self.form.rows)[..., : self.out_features]
-        return z if self.bias is None else z + self.bias
+        z = z.reshape(*x.shape[:-1], self.form.rows)
+        z = z[..., : self.out_features] if self.form.rows > self.out_features else z
+        return z if self.bias is None else z + self.bias.to(z.dtype)
 
 
 class MPOConv(MPO):
@@ -176,8 +178,9 @@ class MPOConv(MPO):
         else:
             z = self._convolve(z.reshape(-1, 1, *x.shape[2:]), kernel, None)
             z = self._right(z, math.prod(z.shape[2:])).reshape(-1, self.form.rows, *z.shape[2:])
-        z = z.reshape(-1, self.form.rows, *z.shape[2:])[:, : self.out_channels]
-        return z if self.bias is None else z + self.bias.reshape(-1, *[1] * axes)
+        z = z.reshape(-1, self.form.rows, *z.shape[2:])
+        z = z[:, : self.out_channels] if self.form.rows > self.out_channels else z
+        return z if self.bias is None else z + self.bias.to(z.dtype).reshape(-1, *[1] * axes)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve as the dense layer does, with its stride, padding and dilation."""
@@ -201,9 +204,11 @@ def check_form(layer: nn.Module, form: Form) -> None:
         ModelError: If the layer is neither a plain Linear nor a plain convolution without groups, or the sizes do not match.
     """
     if not is_plain(layer) or getattr(layer, "groups", 1) != 1:
-        raise ModelError(f"A {layer} has no form as a matrix product operator; plain linear layers and convolutions of one group have.")
-    outputs, inputs, *kernel = layer.weight.shape
-    positions = math.prod(kernel) if kernel else 0
+        raise ModelError(
+            f"A {layer} has no form as a matrix product operator; plain linear layers and convolutions of one group have."
+        )
+    outputs, inputs = layer.weight.shape[:2]
+    positions = positions_of(describe(layer))
     if form.rows < outputs or form.columns < inputs or form.kernel != positions:
         raise ModelError(
             f"A weight of {list(layer.weight.shape)} has no {form}: the modes must multiply to {outputs} outputs and {inputs} inputs or more "
@@ -221,6 +226,11 @@ def build_mpo(layer: nn.Module, form: Form, train: Training = "auto") -> MPOLine
     return MPOLinear(layer, form, train) if isinstance(layer, nn.Linear) else MPOConv(layer, form, train)  # type: ignore[arg-type]
 
 
+def positions_of(spec: Mapping[str, Any]) -> int:
+    """Return the positions of the kernel of a described layer, 0 for a linear one."""
+    return math.prod(spec["kernel"]) if "kernel" in spec else 0
+
+
 def tensor_of(layer: DenseLayer, form: Form) -> Tensor:
     """Return the weight of a dense layer as the tensor that is decomposed, with one axis per site, detached."""
     return fold(layer.weight.detach(), form)
@@ -231,10 +241,14 @@ def weight_from(cores: Sequence[Tensor], form: Form, shape: Sequence[int]) -> Te
     return unfold(contract(cores), form, shape)
 
 
-def _product(matrix: Tensor, z: Tensor) -> Tensor:
-    """Multiply ``[r, c]`` with every ``[c, p]`` of ``z``, ``[m, c, p]``."""
+def _product(matrix: Tensor, z: Tensor, rest: int) -> Tensor:
+    """Multiply ``[r, c]`` with ``z``, ``[m, c, rest]`` in any shape; the result is ``[m, r, rest]`` likewise."""
+    inner = matrix.shape[1]
+    if rest == 1:
+        return F.linear(z.reshape(-1, inner), matrix)
     if torch.compiler.is_exporting():
-        return matrix @ z  # the runtime spreads the matrix, and any batch will do
-    if z.shape[2] == 1:
-        return F.linear(z[..., 0], matrix)[..., None]
-    return (matrix @ z[0])[None] if z.shape[0] == 1 else torch.bmm(matrix.expand(z.shape[0], -1, -1), z)
+        return matrix @ z.reshape(-1, inner, rest)  # the runtime spreads the matrix, and any batch will do
+    if z.numel() == inner * rest:
+        return matrix @ z.reshape(inner, rest)
+    z = z.reshape(-1, inner, rest)
+    return torch.bmm(matrix.expand(z.shape[0], -1, -1), z)

@@ -4,10 +4,10 @@ Gao, Cheng, He, Xie, Zhao, Lu and Xiang, "Compressing deep neural networks by ma
 (2020, arXiv:1904.06194); Novikov, Podoprikhin, Osokin and Vetrov, "Tensorizing Neural Networks", NIPS 2015 (arXiv:1509.06569); for convolutions
 Garipov, Podoprikhin, Novikov and Vetrov (2016, arXiv:1611.03214), the core of the kernel last instead of first: then nothing has to be transposed.
 
-A weight ``[N, C, *kernel]`` is filled up with zero rows and columns to ``[J_1 ... J_n, I_1 ... I_n, K]`` and read as a tensor whose ``k``-th axis
-("site") is the pair ``(J_k, I_k)``, a convolution's kernel of ``K`` positions a last site of its own. Site ``k`` is a core ``[D_{k-1}, J_k I_k, D_k]``
-and the weight the product of all over their bonds ``D``. One core is the dense weight; two are a sum of ``D_1`` Kronecker products, whose rank may well
-be full. Fewer parameters are not fewer multiply-adds: see :meth:`Form.multiply_adds`.
+A weight ``[N, C, *kernel]`` is filled up with zero rows and columns to ``[J_1 ... J_n, I_1 ... I_n, K]`` and read as a tensor whose ``k``-th
+axis ("site") is the pair ``(J_k, I_k)``, a convolution's kernel of ``K`` positions a last site of its own. Site ``k`` is a core
+``[D_{k-1}, J_k I_k, D_k]`` and the weight the product of all over their bonds ``D``. One core is the dense weight; two are a sum of ``D_1`` Kronecker
+products, whose rank may well be full. Fewer parameters are not fewer multiply-adds: see :meth:`Form.multiply_adds`.
 
 All decompositions are computed in float64.
 """
@@ -121,19 +121,17 @@ class Form:
         """Elements of intermediate results."""
         ends = (*self.bonds, 1)
         left = sum(
-            math.prod(self.outputs[: k + 1]) * ends[k] * math.prod(self.inputs[k + 1 :])
-            for k in range(len(self.bonds))
+            math.prod(self.outputs[: k + 1]) * ends[k] * math.prod(self.inputs[k + 1 :]) for k in range(len(self.bonds))
         )
         right = sum(
-            math.prod(self.inputs[: k + 1]) * ends[k] * math.prod(self.outputs[k + 1 :])
-            for k in range(len(self.bonds))
+            math.prod(self.inputs[: k + 1]) * ends[k] * math.prod(self.outputs[k + 1 :]) for k in range(len(self.bonds))
         )
         return {"left": left * inner, "right": right * outer, "dense": self.rows * self.columns * max(self.kernel, 1)}
 
     def _joining(self) -> int:
         """Multiply-adds of joining all cores to the dense weight: the pairs but the last, the last with the kernel, then both."""
         sizes, ends, count = self.sizes, (1, *self.bonds, 1), len(self.inputs)
-        before = sum(math.prod(sizes[: k + 1]) * ends[k] for k in range(1, count - 1))
+        before = sum(math.prod(sizes[: k + 1]) * ends[k] * ends[k + 1] for k in range(1, count - 1))
         kernel = ends[count - 1] * sizes[count - 1] * ends[count] * self.kernel
         return before + kernel + (math.prod(sizes) * ends[count - 1] if count > 1 else 0)
 
@@ -267,7 +265,9 @@ def tt_svd(tensor: Tensor, bonds: Sequence[int] | None = None) -> Train:
     largest = useful_bonds(tensor.shape)
     wanted = largest if bonds is None else tuple(bonds)
     if len(wanted) != len(largest) or useful_bonds(tensor.shape, wanted) != wanted:
-        raise ModelError(f"A tensor of {list(tensor.shape)} has no train with bonds {list(wanted)}; at most {list(largest)} are of use.")
+        raise ModelError(
+            f"A tensor of {list(tensor.shape)} has no train with bonds {list(wanted)}; at most {list(largest)} are of use."
+        )
     return _sweep(tensor, lambda k, _values, _spent: wanted[k])
 
 
@@ -343,7 +343,8 @@ def check_error(error: object) -> None:
 def _sweep(tensor: Tensor, choose: Callable[[int, Tensor, float], int], energy: float | None = None) -> Train:
     """Cut site after site off; ``choose`` returns the bond of a cut from its singular values and the squares discarded so far."""
     sizes = tensor.shape
-    rest, cores, discarded = tensor.detach().reshape(1, -1), [], []
+    rest, cores = tensor.detach().reshape(1, -1), []
+    discarded: list[float] = []
     for k, size in enumerate(sizes[:-1]):
         left = rest.shape[0]
         matrix = rest.reshape(1, left * size, -1)

@@ -14,10 +14,11 @@ from lightning_prune.structure.steps.gather import GatherInputs
 from lightning_prune.structure.steps.mask import MaskWeight, pack_bits, unpack_bits
 from lightning_prune.structure.steps.rotate import Rotate
 from lightning_prune.structure.steps.scale import ScaleInputs
+from lightning_prune.structure.steps.tensorize import Tensorize
 
 STEPS: dict[str, type[Step]] = {
     kind.action: kind
-    for kind in (MaskWeight, AbsorbConstants, ScaleInputs, Factorize, Rotate, KeepChannels, GatherInputs, OpenHeads)
+    for kind in (MaskWeight, AbsorbConstants, ScaleInputs, Factorize, KeepChannels, GatherInputs, OpenHeads, Tensorize)
 }
 
 
@@ -53,6 +54,7 @@ __all__ = [
     "Rotate",
     "ScaleInputs",
     "Step",
+    "Tensorize",
     "pack_bits",
     "read_step",
     "unpack_bits",

@@ -14,26 +14,10 @@ from lightning_prune.structure.spectrum import project
 from lightning_prune.structure.steps.base import Step, swap
 
 
-@dataclasses.dataclass(frozen=True)
-class Factorize(Step):
-    """Replace a convolution or linear layer by two thinner ones in a row.
+class Replacement(Step):
+    """A step that puts another module in the place of a dense layer, which ``before`` describes."""
 
-    Attributes:
-        module: Dotted name of the layer.
-        kind: ``"channel"``, ``"spatial"`` or ``"linear"`` (:mod:`lightning_prune.structure.factorized`).
-        rank: Width between the two, per group of a grouped convolution.
-        before: Description of the dense layer (:func:`lightning_prune.structure.layers.describe`).
-    """
-
-    action: ClassVar[str] = "factorize"
-    kind: Kind
-    rank: int
     before: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, module: str, layer: nn.Module, kind: Kind, rank: int) -> Self:
-        """Make the step for ``layer``, which ``module`` names."""
-        return cls(module, kind, rank, describe(layer))
 
     def find(self, model: nn.Module) -> DenseLayer:
         """Return the dense layer.
@@ -54,6 +38,40 @@ class Factorize(Step):
                 )
         return layer
 
+    def undo(self, model: nn.Module) -> None:
+        """Put a dense layer, values undefined, in the place of what replaced it."""
+        small = model.get_submodule(self.module)
+        old = next(small.parameters())
+        trained = any(p.requires_grad for p in small.parameters())
+        layer = layer_from(self.before, device=old.device, dtype=old.dtype).requires_grad_(trained)
+        model.set_submodule(self.module, layer.train(small.training))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the step in JSON types."""
+        return super().to_dict() | {"before": dict(self.before)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Factorize(Replacement):
+    """Replace a convolution or linear layer by two thinner ones in a row.
+
+    Attributes:
+        module: Dotted name of the layer.
+        kind: ``"channel"``, ``"spatial"`` or ``"linear"`` (:mod:`lightning_prune.structure.factorized`).
+        rank: Width between the two, per group of a grouped convolution.
+        before: Description of the dense layer (:func:`lightning_prune.structure.layers.describe`).
+    """
+
+    action: ClassVar[str] = "factorize"
+    kind: Kind
+    rank: int
+    before: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, module: str, layer: nn.Module, kind: Kind, rank: int) -> Self:
+        """Make the step for ``layer``, which ``module`` names."""
+        return cls(module, kind, rank, describe(layer))
+
     def build(self, model: nn.Module) -> None:
         """Put the factorized layer in the place of the dense one, values undefined."""
         model.set_submodule(self.module, build_factorized(self.find(model), self.kind, self.rank))
@@ -68,13 +86,6 @@ class Factorize(Step):
     def apply(self, model: nn.Module) -> None:
         """Put the factors of the truncated weight in the place of the dense layer."""
         model.set_submodule(self.module, factorize(self.find(model), self.kind, self.rank))
-
-    def undo(self, model: nn.Module) -> None:
-        """Put a dense layer, values undefined, in the place of the factorized one."""
-        small = model.get_submodule(self.module)
-        old = next(small.parameters())
-        layer = layer_from(self.before, device=old.device, dtype=old.dtype).requires_grad_(old.requires_grad)
-        model.set_submodule(self.module, layer.train(small.training))
 
     def facts(self) -> dict[str, float]:
         """Return the rank."""
@@ -92,10 +103,6 @@ class Factorize(Step):
             "after": f"{shapes[1]} + {shapes[2]}",
             "kept": after / before,
         }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the step in JSON types."""
-        return super().to_dict() | {"before": dict(self.before)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:

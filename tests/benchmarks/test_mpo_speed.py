@@ -1,0 +1,62 @@
+"""A linear layer as a matrix product operator beside tensorly-torch's BlockTT of the same two cores; run with ``-m benchmark``.
+
+BlockTT contracts in two ways, core by core or by the dense weight, of which the user chooses one; the faster one for each case is what ours is
+held to. Paired: they take turns in one run, on one thread. ``pip install tensorly tensorly-torch`` for it; it is no dependency.
+"""
+
+import math
+import statistics
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune.structure.mpo import MPOLinear
+from lightning_prune.structure.tensor_train import Form, draw
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    tltorch = pytest.importorskip("tltorch", reason="tensorly-torch is not installed", exc_type=ImportError)
+
+
+def seconds(layer, x, backward, repeats):
+    start = time.perf_counter()
+    for _ in range(repeats):
+        with torch.set_grad_enabled(backward):
+            y = layer(x)
+        if backward:
+            y.sum().backward()
+    return (time.perf_counter() - start) / repeats
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("batch", [1, 256])
+@pytest.mark.parametrize("bond", [4, 16])
+@pytest.mark.parametrize("size", [1024, 4096])
+def test_two_cores_keep_up_with_blocktt_and_are_twice_as_fast_at_batch_1(size, bond, batch, backward, record_property):
+    torch.set_num_threads(1)
+    side = math.isqrt(size)
+    form = Form((side, side), (side, side), (bond,))
+    ours = MPOLinear(nn.Linear(size, size), form)
+    ours.fill(draw(form, 1 / size, seed=0), torch.zeros(size))
+    theirs = [
+        tltorch.FactorizedLinear((side, side), (side, side), factorization="blocktt", rank=bond, implementation=way)
+        for way in ("factorized", "reconstructed")
+    ]
+    x = torch.randn(batch, size, requires_grad=backward)
+    layers, repeats = [ours, *theirs], 20 if batch == 1 else 1
+    for layer in layers:
+        seconds(layer, x, backward, 2)
+    rounds = [[seconds(layer, x, backward, repeats) for layer in layers] for _ in range(21 if batch == 1 else 7)]
+    times = [statistics.median(column) for column in zip(*rounds, strict=True)]
+    ratio = min(statistics.median(row[k] / row[0] for row in rounds) for k in (1, 2))
+    record_property("milliseconds", [1e3 * t for t in times])
+    record_property("ratio", ratio)
+    print(
+        f"n={size} bond={bond} batch={batch} backward={backward} [{ours.way(batch)}]: "
+        f"{', '.join(f'{1e3 * t:.3f}' for t in times)} ms, ratio {ratio:.2f}"
+    )
+    assert ratio >= (2 if batch == 1 else 0.95)
