@@ -22,6 +22,7 @@ _HOME = {
     "KFE": "lightning_prune.methods",
     "LossModel": "lightning_prune.methods",
     "LowRank": "lightning_prune.methods",
+    "MPO": "lightning_prune.methods",
     "Magnitude": "lightning_prune.methods",
     "PFP": "lightning_prune.methods",
     "Plan": "lightning_prune.structure.plan",

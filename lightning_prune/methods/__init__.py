@@ -8,6 +8,7 @@ from lightning_prune.methods.kfe import KFE
 from lightning_prune.methods.loss_model import LossModel
 from lightning_prune.methods.low_rank import LowRank
 from lightning_prune.methods.magnitude import Magnitude
+from lightning_prune.methods.mpo import MPO
 from lightning_prune.methods.pfp import PFP
 from lightning_prune.methods.random import Random
 from lightning_prune.methods.sipp import SiPP
@@ -18,7 +19,7 @@ from lightning_prune.methods.trp import TRP
 
 __all__ = [
     "GSM",
-    "KFE",
+    "MPO",
     "PFP",
     "SNIP",
     "SPP",

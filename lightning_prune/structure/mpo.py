@@ -5,7 +5,7 @@ cheapest for the rows or pixels at hand is taken by a rule (:meth:`lightning_pru
 same layer computes the same way everywhere. An exported graph holds one way for every batch, and never the dense weight.
 
 Core ``k`` is stored as ``[J_k, D_k, D_{k-1}, I_k]``: as the matrix ``[J_k D_k, D_{k-1} I_k]`` it maps the ``k``-th input mode with the
-bond before it to the ``k``-th output mode with the bond after it, and nothing is transposed on the way. The core of a convolution's kernel is ``[D_n, K]``.
+bond before it to the ``k``-th output mode with the bond after it, and nothing is transposed on the way. The core of a kernel is ``[D_n, K]``.
 """
 
 import math

@@ -1,0 +1,510 @@
+"""Weights as matrix product operators (MPO), also called tensor-train matrices.
+
+Gao, Cheng, He, Xie, Zhao, Lu and Xiang, "Compressing deep neural networks by matrix product operators", Physical Review Research 2, 023300
+(2020, arXiv:1904.06194). Bonds that shrink while training, and training of the small ("auxiliary") cores alone: Liu, Gao, Zhao, Xie, Lu and Wen,
+"Enabling Lightweight Fine-tuning for Pre-trained Language Model Compression based on Matrix Product Operators", ACL 2021 (arXiv:2106.02205).
+
+A layer is replaced where that makes it cheaper in what is asked for: parameters, or multiply-adds under ``flops``. The two part ways: 784 to
+256 outputs in four cores with bonds of 16 take 7.7 % of the parameters and 6.6 times the multiply-adds. Plans tell both.
+
+Unlike the paper: two cores by default, for which the multiply-adds fall as well; trained weights are decomposed (``mode="scratch"`` draws them
+anew, as the paper does, with the variance that a product of cores needs); bonds come from a budget or an error. A convolution keeps its kernel as
+a core of its own (Garipov et al. 2016, arXiv:1611.03214) and is not unrolled to a linear map; who wants that writes a Linear over the flattened map.
+
+Weight decay on ``n`` factors shrinks their product ``n`` times as fast: while this callback is in the Trainer, it counts one ``n``-th on the
+cores. What SGD, Adam and others add to the gradient is lessened there, before clipping; where decay is a factor of its own (AdamW), the cores
+are grown back after the step, which scales the step itself by less than the learning rate times the decay. Optimizers that name neither
+``weight_decay`` nor ``decoupled_weight_decay`` in their groups as torch does are left alone.
+"""
+
+import fnmatch
+import logging
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.budget import Choice, allocate, resolve_bound
+from lightning_prune.callback import Compression, Task
+from lightning_prune.callback.checks import check_choice, check_integer, nothing_to_change
+from lightning_prune.errors import ModelError, OptionError
+from lightning_prune.methods.low_rank import Target
+from lightning_prune.structure.layers import DenseLayer, describe, is_plain
+from lightning_prune.structure.mpo import MPO as MPOLayer
+from lightning_prune.structure.mpo import WAYS, Training, positions_of, tensor_of, weight_from
+from lightning_prune.structure.obstacles import obstacles
+from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.select import Pattern, select
+from lightning_prune.structure.spectrum import lost_energy
+from lightning_prune.structure.steps import Tensorize
+from lightning_prune.structure.tensor_train import (
+    Form,
+    check_error,
+    cut_values,
+    entropy,
+    modes_for,
+    tt_svd,
+    tt_svd_within,
+    useful_bonds,
+)
+
+Shapes = Sequence[tuple[Sequence[int], Sequence[int]]]
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_NO_LOSS = 1e-12  # relative energy that a float64 Gram matrix cannot tell from zero
+
+
+def price(layer: DenseLayer, form: Form | None, shapes: Shapes, what: str) -> int:
+    """Return what a layer costs.
+
+    Args:
+        layer: The dense layer.
+        form: The form that it would take; None for the dense one.
+        shapes: Shapes of input and output of every call, batch included.
+        what: ``"params"``, bias included, or ``"flops"``, of the way that the layer contracts by for those shapes.
+    """
+    if what == "params":
+        bias = 0 if layer.bias is None else layer.bias.numel()
+        return bias + (layer.weight.numel() if form is None else form.params)
+    total = 0
+    for inputs, outputs in shapes:
+        inner, outer = _positions(layer, inputs), _positions(layer, outputs)
+        total += (
+            layer.weight.numel() * outer if form is None else form.multiply_adds(outer, inner)[form.way(outer, inner)]
+        )
+    return total
+
+
+def forms_within(form: Form, values: Sequence[Tensor]) -> list[tuple[Form, float]]:
+    """List the forms of a layer whose bonds follow from one threshold, common to its cuts, on the energy that each may lose.
+
+    Args:
+        form: Modes.
+        values: Singular values of every cut, ``[n]`` each, descending.
+
+    Returns:
+        Forms with ascending bonds, and the share of the squares that each may lose at most: the sum over the cuts, exact for one cut.
+    """
+    losses = [lost_energy(v[None]).where(lost_energy(v[None]) > _NO_LOSS, 0.0) for v in values]
+    found: dict[tuple[int, ...], float] = {}
+    for threshold in torch.cat(losses).unique().flip(0).tolist():
+        bonds = useful_bonds(form.sizes, [int((loss > threshold).sum()) + 1 for loss in losses])
+        found[bonds] = sum(float(loss[bond - 1]) for loss, bond in zip(losses, bonds, strict=True))
+    return [(form.with_bonds(bonds), loss) for bonds, loss in found.items()]
+
+
+def ladder(forms: Sequence[tuple[Form, float]], costs: Sequence[int], dense: int) -> list[Choice]:
+    """Return the forms that are cheaper than all that lose less, then the dense layer; sizes are positions in ``forms``."""
+    found = [Choice(None, 0.0, dense)]
+    for k in reversed(range(len(forms))):
+        if costs[k] < found[-1].cost:
+            found.append(Choice(k, forms[k][1], costs[k]))
+    return found[::-1]
+
+
+def of_layer(option: str, given: Mapping[str, T], layers: Sequence[str]) -> dict[str, T]:
+    """Return what an option says for each layer: under its name, else under the first glob that matches.
+
+    Raises:
+        OptionError: If an entry matches no layer.
+    """
+    for pattern in given:
+        if not fnmatch.filter(layers, pattern):
+            raise OptionError(
+                f"MPO({option}=...): {pattern!r} matches no layer that can be factorized. There are {', '.join(layers)}."
+            )
+    found = {}
+    for name in layers:
+        key = name if name in given else next((p for p in given if fnmatch.fnmatchcase(name, p)), None)
+        if key is not None:
+            found[name] = given[key]
+    return found
+
+
+class MPO(Compression):
+    """Give layers weights that are products of small cores, at the start of a fit or step by step while training.
+
+    Give exactly one of ``params``, ``flops``, ``error``, ``bond``.
+
+    Args:
+        params: Bound on the parameters of the model: share of the dense one (float) or a count (int).
+        flops: Bound on its multiply-adds for the example inputs, likewise.
+        error: Share of its norm that each weight may lose, in [0, 1).
+        bond: Bond between all cores, or bonds by name or glob of a layer; those larger than useful are lowered.
+        cores: Cores of a linear layer, and of a convolution beside its kernel; at least 2.
+        mode: ``"pretrained"`` decomposes the weights, ``"scratch"`` draws the cores with the variance that the weights have.
+        train: How to contract while training: ``"auto"`` by the rule of the layer, ``"factorized"`` or ``"reconstruct"`` (the dense weight first).
+        modes: Output and input modes by name or glob of a layer, ``{"fc1": [[4, 4, 4, 4], [4, 7, 7, 4]]}``; others are chosen.
+        auxiliary_only: Whether the largest core of every layer is frozen and only the others train.
+        dimension_squeezing: Whether bonds shrink step by step while training, where least is lost; needs ``params`` or ``flops`` and ``until_epoch``.
+        every_n_steps: Optimizer steps from one squeezing to the next.
+        seed: Of the cores drawn from scratch.
+        start_epoch: First epoch that squeezes.
+        until_epoch: Epoch at whose start squeezing has reached the budget, the bound falling linearly until then.
+        include: Layers to factorize: names, globs or module types; None takes all that can be.
+        exclude: Layers to leave alone, likewise.
+        recalibrate_bn: Batches to estimate the statistics of batch normalization from afterwards; 0 leaves them.
+
+    Raises:
+        OptionError: If an argument is of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        params: float | int | None = None,
+        flops: float | int | None = None,
+        error: float | None = None,
+        bond: int | dict[str, int] | None = None,
+        cores: int = 2,
+        mode: Literal["pretrained", "scratch"] = "pretrained",
+        train: Training = "auto",
+        modes: dict[str, list[list[int]]] | None = None,
+        auxiliary_only: bool = False,
+        dimension_squeezing: bool = False,
+        every_n_steps: int = 20,
+        seed: int = 0,
+        start_epoch: int = 0,
+        until_epoch: int | None = None,
+        include: Pattern | Sequence[Pattern] | None = None,
+        exclude: Pattern | Sequence[Pattern] | None = None,
+        recalibrate_bn: int = 8,
+    ) -> None:
+        super().__init__(
+            include=include,
+            exclude=exclude,
+            start_epoch=start_epoch,
+            until_epoch=until_epoch,
+            recalibrate_bn=recalibrate_bn,
+        )
+        self.params, self.flops, self.error, self.bond = params, flops, error, bond
+        self.cores, self.mode, self.train, self.modes, self.seed = cores, mode, train, modes, seed
+        self.auxiliary_only, self.dimension_squeezing, self.every_n_steps = (
+            auxiliary_only,
+            dimension_squeezing,
+            every_n_steps,
+        )
+        self.gradual = dimension_squeezing is True
+        self._check()
+        self.reset()
+
+    def _check(self) -> None:
+        given = {name: v for name in ("params", "flops", "error", "bond") if (v := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise OptionError(f"MPO needs exactly one of params, flops, error, bond; got {given or 'none'}.")
+        if self.bounded:
+            self.target.check("MPO")
+        if self.error is not None:
+            check_error(self.error)
+        bonds = list(self.bond.values()) if isinstance(self.bond, Mapping) else [] if self.bond is None else [self.bond]
+        if any(type(b) is not int or b < 1 for b in bonds) or self.bond == {}:
+            raise OptionError(
+                f"MPO(bond={self.bond!r}): give an integer of at least 1, or such by name or glob of a layer."
+            )
+        for name, least in (("cores", 2), ("every_n_steps", 1), ("seed", 0)):
+            check_integer(self, name, least)
+        check_choice(self, "mode", ("pretrained", "scratch"))
+        check_choice(self, "train", tuple(WAYS))
+        for name in ("auxiliary_only", "dimension_squeezing"):
+            check_choice(self, name, (False, True))
+        for name, modes in (self.modes or {}).items():
+            if not _are_modes(modes):
+                raise OptionError(
+                    f"MPO(modes={{{name!r}: {modes!r}}}): give output and input modes, as many of each, such as [[4, 4], [7, 7]]."
+                )
+        if self.gradual and (not self.bounded or self.until_epoch is None or self.mode == "scratch"):
+            raise OptionError(
+                "MPO(dimension_squeezing=True) shrinks bonds of trained weights towards a budget: give params= or flops=, and until_epoch=; "
+                "mode stays 'pretrained'."
+            )
+        if not self.gradual and (self.start_epoch or self.until_epoch is not None):
+            raise OptionError(
+                "MPO(start_epoch=..., until_epoch=...) are for dimension_squeezing=True; without it layers change at once."
+            )
+
+    def reset(self) -> None:
+        """Forget the fit before this one."""
+        super().reset()
+        self._task: Task | None = None
+        self._layers: dict[str, DenseLayer] = {}
+        self._bonds: dict[str, list[int]] = {}
+        self._squeezed_at: int | None = None
+        self._factors: dict[nn.Parameter, int] | None = None
+
+    def release(self) -> None:
+        """Let go of the layers."""
+        super().release()
+        self._task, self._layers, self._factors = None, {}, None
+
+    @property
+    def bounded(self) -> Literal["flops", "params"] | None:
+        """What is bounded over all layers, if anything."""
+        return self.target.bounded
+
+    @property
+    def target(self) -> Target:
+        """The bound as one value."""
+        return Target(flops=self.flops, params=self.params)
+
+    def claim(self, model: nn.Module) -> set[str]:
+        """Return the names of the layers that can be factorized."""
+        return set(self._find(model)[0])
+
+    def met(self, task: Task) -> str | None:
+        """Return why the target is already met, in words, or None."""
+        return super().met(task) or self.target.met(task)
+
+    def rehearse(self, task: Task) -> None:
+        """Check patterns, modes and budget on the model as it stands.
+
+        Raises:
+            OptionError: If a pattern matches no layer, or modes do not fit.
+            BudgetError: If the budget cannot be met.
+        """
+        if self.met(task) is None:
+            self._choose(task)
+
+    def decide(self, task: Task, scores: Any) -> Plan:
+        """Choose the bonds from the spectra of the weights.
+
+        Raises:
+            OptionError: If modes do not fit.
+            BudgetError: If the budget cannot be met.
+        """
+        layers, alone = self._find(task.model, task.cost.shapes)
+        forms, values, dense = self._choose(task)
+        steps = [self._step(name, layers[name], form, values[name]) for name, form in forms.items()]
+        return Plan(tuple(steps), alone | dense)
+
+    def _step(self, name: str, layer: DenseLayer, form: Form, values: Sequence[Tensor]) -> Tensorize:
+        scratch = self.mode == "scratch"
+        kept = zip(values, form.bonds, strict=True)
+        entropies = () if scratch else tuple(round(entropy(v[:bond]), 6) for v, bond in kept)
+        seed = zlib.crc32(f"{self.seed} {name}".encode()) if scratch else None
+        settings = {"train": self.train, "auxiliary": self.auxiliary_only, "seed": seed, "entropies": entropies}
+        return Tensorize.of(name, layer, form, **settings)
+
+    def _find(
+        self, model: nn.Module, shapes: Mapping[str, Shapes] | None = None
+    ) -> tuple[dict[str, DenseLayer], dict[str, str]]:
+        """Return the layers that can be factorized, and the reasons why others that were chosen cannot."""
+        done = {name for name, m in model.named_modules() if isinstance(m, MPOLayer)}
+        reasons = obstacles(model)
+        reasons |= {
+            n: "it is a convolution in groups"
+            for n, m in model.named_modules()
+            if is_plain(m) and getattr(m, "groups", 1) > 1
+        }
+        known = {n: m for n, m in model.named_modules() if n in done or is_plain(m) or n in reasons}
+        chosen = select(known, self.include, self.exclude) if known else {}
+        found: dict[str, DenseLayer] = {}
+        alone: dict[str, str] = {}
+        for name, layer in chosen.items():
+            if name in done:
+                continue
+            if name in reasons or not is_plain(layer):
+                alone[name] = reasons[name]
+            elif not name:
+                alone[name] = "it is the model itself, not a layer inside it"
+            elif shapes is not None and not shapes.get(name):
+                alone[name] = "it is not called with the example inputs"
+            else:
+                found[name] = layer
+        return found, alone
+
+    def _forms(self, layers: Mapping[str, DenseLayer]) -> dict[str, Form]:
+        """Return modes for every layer, the bonds still 1."""
+        given = of_layer("modes", self.modes or {}, list(layers)) if layers else {}
+        found = {}
+        for name, layer in layers.items():
+            rows, columns = layer.weight.shape[:2]
+            outputs, inputs = given.get(name) or modes_for(rows, columns, self.cores)
+            kernel = positions_of(describe(layer))
+            form = Form(tuple(outputs), tuple(inputs), (1,) * (len(outputs) - (kernel == 0)), kernel)
+            if form.rows < rows or form.columns < columns:
+                raise OptionError(
+                    f"MPO(modes=...): those of {name!r} multiply to {form.rows} outputs and {form.columns} inputs; the layer has {rows} and "
+                    f"{columns}. Give as much or more; the rest is filled up with zeros."
+                )
+            found[name] = form
+        return found
+
+    def _choose(self, task: Task) -> tuple[dict[str, Form], dict[str, list[Tensor]], dict[str, str]]:
+        """Return the forms of layers that change, the singular values at the cuts of all, and why others stay dense."""
+        layers, _ = self._find(task.model, task.cost.shapes)
+        forms, values = self._forms(layers), {}
+        for name, layer in layers.items():
+            try:
+                values[name] = cut_values(tensor_of(layer, forms[name]))
+            except ModelError as error:
+                raise ModelError(f"Layer {name!r}: {error}") from error
+        if self.bounded is not None:
+            chosen = self._within_budget(task, layers, forms, values)
+            cheaper = {name: "the budget is met with it dense" for name in forms if name not in chosen}
+            return chosen, values, cheaper
+        chosen, dense = {}, {}
+        for name, form in self._at_target(layers, forms).items():
+            have, would = (price(layers[name], f, (), "params") for f in (None, form))
+            if would < have:
+                chosen[name] = form
+            else:
+                dense[name] = (
+                    f"bonds {'/'.join(map(str, form.bonds)) or 'none'} would take {would:,} parameters, dense it has {have:,}"
+                )
+        unasked = set(forms) - set(chosen) - set(dense)
+        return chosen, values, dense | dict.fromkeys(sorted(unasked), "bond= does not name it")
+
+    def _at_target(self, layers: Mapping[str, DenseLayer], forms: Mapping[str, Form]) -> dict[str, Form]:
+        """Return forms with the bonds that ``error`` or ``bond`` asks for."""
+        if self.error is not None:
+            found = {
+                name: tt_svd_within(tensor_of(layers[name], form), self.error).bonds for name, form in forms.items()
+            }
+            return {name: forms[name].with_bonds(bonds) for name, bonds in found.items()}
+        given = self.bond if isinstance(self.bond, Mapping) else {"*": self.bond or 1}
+        wanted = of_layer("bond", given, list(forms)) if forms else {}
+        chosen = {}
+        for name, bond in wanted.items():
+            chosen[name] = forms[name].with_bonds(useful_bonds(forms[name].sizes, bond))
+            if max(chosen[name].bonds, default=bond) < bond:
+                log.info("MPO: bonds of %s of layer %r are larger than useful: %s.", bond, name, chosen[name].bonds)
+        return chosen
+
+    def _within_budget(
+        self,
+        task: Task,
+        layers: Mapping[str, DenseLayer],
+        forms: Mapping[str, Form],
+        values: Mapping[str, Sequence[Tensor]],
+    ) -> dict[str, Form]:
+        """Return the forms under a bound, which falls from the dense cost by ``task.progress``; bonds that were squeezed do not grow."""
+        what = self.bounded or "params"
+        have = {"flops": task.cost.total, "params": task.params}[what]
+        origin = {"flops": task.origin.flops, "params": task.origin.params}[what]
+        bound = resolve_bound(getattr(self, what), origin, what)
+        bound += round((1 - task.progress) * max(0, have - bound))
+        ladders, offered, fixed = {}, {}, have
+        for name, layer in layers.items():
+            shapes = task.cost.shapes.get(name, ())
+            offered[name] = forms_within(forms[name], values[name])
+            dense = price(layer, None, shapes, what)
+            fixed -= dense
+            ladders[name] = ladder(
+                offered[name], [price(layer, form, shapes, what) for form, _ in offered[name]], dense
+            )
+        sizes = allocate(ladders, bound, fixed=fixed, name=what)
+        return {name: offered[name][size][0] for name, size in sizes.items() if size is not None}
+
+    # Squeezing ------------------------------------------------------------------------------------------------------------------
+
+    def begin(self, task: Task) -> None:
+        """Find the layers, and check before training that the budget can be met.
+
+        Raises:
+            ModelError: If there is no layer to factorize.
+            BudgetError: If the budget cannot be met.
+        """
+        self._task = task
+        self._layers, alone = self._find(task.model, task.cost.shapes)
+        if not self._layers:
+            raise nothing_to_change("MPO", alone)
+        self._choose(task)
+
+    def on_step_begin(self, trainer: Any, module: Any) -> None:
+        """Squeeze, if ``every_n_steps`` optimizer steps have passed since the last time."""
+        if self._squeezed_at is not None and self.steps - self._squeezed_at < self.every_n_steps:
+            return
+        self._squeezed_at = self.steps
+        if trainer.is_global_zero:
+            self._squeeze(self.progress())
+        if trainer.world_size > 1:
+            self._bonds = trainer.strategy.broadcast(self._bonds, src=0)
+            for name in self._bonds:
+                torch.distributed.broadcast(self._layers[name].weight.data, src=0)
+
+    @torch.no_grad()
+    def _squeeze(self, progress: float) -> None:
+        """Lower bonds as the bound asks for by now, where least is lost, and project the weights, in place."""
+        task = self._task
+        assert task is not None, "begin() comes before the first step"
+        now = Task(task.model, task.calls, task.cost, task.plan, task.origin, task.probe, progress)
+        forms = self._choose(now)[0]
+        self._bonds = {name: list(form.bonds) for name, form in forms.items()}
+        for name, form in forms.items():
+            layer = self._layers[name]
+            cores = tt_svd(tensor_of(layer, form), form.bonds).cores
+            layer.weight.copy_(weight_from(cores, form, layer.weight.shape))
+
+    def facts(self, module: nn.Module) -> dict[str, float]:
+        """Return the largest bond of every layer that is squeezed."""
+        return {f"bond/{name}": float(max(bonds)) for name, bonds in self._bonds.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the shared state, the step of the last squeezing and its bonds."""
+        return super().state_dict() | {"squeezed_at": self._squeezed_at, "bonds": dict(self._bonds)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint.
+
+        Raises:
+            CheckpointError: If this callback was configured otherwise when the checkpoint was written.
+        """
+        super().load_state_dict(state)
+        self._squeezed_at, self._bonds = state["squeezed_at"], dict(state["bonds"])
+
+    # Weight decay ---------------------------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Let squeezing act on the gradients, and lessen the decay that an optimizer will add to them."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        for core, count, group in self._decayed(pl_module, optimizer):
+            if core.grad is not None and not _is_decoupled(optimizer, group):
+                surplus = (1 - 1 / count) * group["weight_decay"]
+                core.grad.sub_(core.detach(), alpha=-surplus if group.get("maximize") else surplus)
+
+    @torch.no_grad()
+    def on_stepped(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Give back what decay of its own has taken beyond one ``n``-th."""
+        for core, count, group in self._decayed(module, optimizer):
+            if core.grad is not None and _is_decoupled(optimizer, group):
+                decay = float(group["lr"]) * group["weight_decay"]
+                core.mul_((1 - decay / count) / (1 - decay))
+
+    def _decayed(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> Iterator[tuple[nn.Parameter, int, dict[str, Any]]]:
+        """Yield the cores that an optimizer decays, how many of their layer train, and their group."""
+        if self._factors is None:
+            layers = [
+                [core for core in m.cores if core.requires_grad] for m in module.modules() if isinstance(m, MPOLayer)
+            ]
+            self._factors = {core: len(cores) for cores in layers for core in cores}
+        for group in optimizer.param_groups if self._factors else ():
+            if group.get("weight_decay"):
+                yield from ((p, self._factors[p], group) for p in group["params"] if p in self._factors)
+
+
+def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, torch.optim.AdamW)
+
+
+def _are_modes(modes: object) -> bool:
+    return (
+        isinstance(modes, Sequence)
+        and len(modes) == 2
+        and all(isinstance(side, Sequence) and not isinstance(side, str) and len(side) for side in modes)
+        and len(modes[0]) == len(modes[1])
+        and all(type(size) is int and size >= 1 for side in modes for size in side)
+    )
+
+
+def _positions(layer: DenseLayer, shape: Sequence[int]) -> int:
+    """Return the rows that a Linear sees, or batch times pixels of a map, from the shape of an input or output."""
+    if isinstance(layer, nn.Linear):
+        return int(torch.Size(shape[:-1]).numel())
+    extent = len(layer.kernel_size)
+    batch = shape[0] if len(shape) == extent + 2 else 1
+    return int(batch * torch.Size(shape[-extent:]).numel())
