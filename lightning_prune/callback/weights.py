@@ -20,8 +20,9 @@ from lightning_prune.structure.masks import cut_masks, masked
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.preserve import preserved
 from lightning_prune.structure.prunable import prunable_layers, prunable_weights
+from lightning_prune.structure.rotated import rotated_specs
 from lightning_prune.structure.select import Pattern, select
-from lightning_prune.structure.steps import Factorize, KeepChannels, MaskWeight, Step
+from lightning_prune.structure.steps import Factorize, KeepChannels, MaskWeight, Rotate, Step
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +231,12 @@ def _cut_off(plan: Plan, names: set[str]) -> int:
             dense = layer_from(step.before, device="meta")
             factors = build_factorized(dense, step.kind, step.rank)
             gone += dense.weight.numel() - sum(p.numel() for p in factors.parameters() if p.ndim >= 2)
+        elif isinstance(step, Rotate) and any(name.startswith(f"{step.module}.") for name in names):
+            sizes = [
+                sum(layer_from(spec, device="meta").weight.numel() for spec in specs.values())
+                for specs in (step.before, rotated_specs(step.before, step.form))
+            ]
+            gone += sizes[0] - sizes[1]
     return gone
 
 

@@ -19,6 +19,7 @@ from lightning_prune.methods.trp import TRP
 
 __all__ = [
     "GSM",
+    "KFE",
     "MPO",
     "PFP",
     "SNIP",

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from lightning_prune.structure.factorized import Factorized
 from lightning_prune.structure.layers import LAYERS, is_plain
 from lightning_prune.structure.mpo import MPO
+from lightning_prune.structure.rotated import Rotated
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -177,8 +178,9 @@ def _wrapped(model: nn.Module) -> dict[str, str]:
     """Find layers that are factors already, and layers inside of adapters, whose code reads and changes the weight."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Factorized):
-            found |= {f"{name}.{child}".removeprefix("."): "it is a factor already" for child in ("first", "second")}
+        if isinstance(module, Factorized | Rotated):
+            reasons = dict.fromkeys(module._modules, "it is a factor already")
+            found |= {f"{name}.{child}".removeprefix("."): reason for child, reason in reasons.items()}
         if isinstance(module, MPO):
             found[f"{name}.cores".removeprefix(".")] = "they are factors already"
         if any(key.startswith("lora_") for key in [*module._modules, *module._parameters]):

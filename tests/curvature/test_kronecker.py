@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from lightning_prune.curvature import kronecker
 from lightning_prune.curvature.eigenbasis import Eigenbasis, directions
 from lightning_prune.curvature.kronecker import Factors, SecondMoments
+from lightning_prune.errors import ModelError
+from lightning_prune.structure.gathered import reading
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 SAMPLES = 4

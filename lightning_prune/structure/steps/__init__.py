@@ -18,7 +18,17 @@ from lightning_prune.structure.steps.tensorize import Tensorize
 
 STEPS: dict[str, type[Step]] = {
     kind.action: kind
-    for kind in (MaskWeight, AbsorbConstants, ScaleInputs, Factorize, KeepChannels, GatherInputs, OpenHeads, Tensorize)
+    for kind in (
+        MaskWeight,
+        AbsorbConstants,
+        ScaleInputs,
+        Factorize,
+        Rotate,
+        Tensorize,
+        KeepChannels,
+        GatherInputs,
+        OpenHeads,
+    )
 }
 
 
