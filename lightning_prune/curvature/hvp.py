@@ -37,6 +37,10 @@ _DIFFERENCES = "Give hvp='finite_difference', which needs first derivatives only
 _NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?(\w+?)(?:_backward)?'? is not implemented")
 
 
+class OnceDifferentiable(ModelError):
+    """An operation of a loss has no second derivative."""
+
+
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Let the losses of a model have a second derivative, and one worth having, inside the block.
@@ -207,7 +211,7 @@ def second_derivative(gradients: Sequence[Tensor], remedy: str) -> Iterator[None
         remedy: What to do then, a sentence.
 
     Raises:
-        ModelError: If an operation has none; names it.
+        OnceDifferentiable: If an operation has none; names it.
     """
     once = "a torch.autograd.Function marked @once_differentiable"
     if "torch::autograd::Error" in operations(gradients):  # such a node has no way on, so autograd takes it for zero
@@ -221,8 +225,8 @@ def second_derivative(gradients: Sequence[Tensor], remedy: str) -> Iterator[None
         raise _not_twice(missing[1].lstrip("_"), remedy) from error
 
 
-def _not_twice(operation: str, remedy: str) -> ModelError:
-    return ModelError(
+def _not_twice(operation: str, remedy: str) -> OnceDifferentiable:
+    return OnceDifferentiable(
         f"Double backward is not implemented for {operation}, which the loss of this model uses. {remedy}"
     )
 

@@ -13,6 +13,7 @@ multiple of a loss give the same: of a plain mean over N samples it is N times t
 A loss in which samples meet, such as a contrastive one, has no gradients sample by sample.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_prune.curvature.hvp import second_derivative
+from lightning_prune.curvature.hvp import OnceDifferentiable, second_derivative
 from lightning_prune.errors import ModelError
 
 Distribution = Literal["auto", "categorical", "bernoulli", "gaussian"]
@@ -122,9 +123,10 @@ def empirical_gradients(loss: Tensor, outputs: Tensor, reduction: Reduction = "a
         ModelError: If the weights cannot be read off the loss, samples meet in it, or something is not finite.
     """
     gradient = output_gradient(loss, outputs)
-    check_apart(gradient, outputs)
     slope = check_finite(gradient.detach().double())
     if reduction != "auto":
+        with contextlib.suppress(OnceDifferentiable), second_derivative([gradient], ""):
+            check_apart(gradient, outputs)
         return slope * (len(outputs) if reduction == "mean" else 1)
     remedy = "Say whether it is the 'mean' over the samples or their 'sum' (reduction)."
     likelihood = likelihood_of(loss, outputs, remedy=remedy)
@@ -146,18 +148,22 @@ def likelihood_of(
         ModelError: If it is none, samples meet in the loss, or it is not finite.
     """
     gradient = output_gradient(loss, outputs)
-    with second_derivative([gradient], remedy):
-        found = next((f for f in _fitting(gradient, outputs) if distribution in ("auto", f.distribution)), None)
-    if found is not None:
-        return found
-    check_apart(gradient, outputs)
+    try:
+        with second_derivative([gradient], remedy):
+            for found in _fitting(gradient, outputs):
+                if distribution in ("auto", found.distribution):
+                    return found
+            check_apart(gradient, outputs)
+    except OnceDifferentiable:
+        if distribution == "auto":
+            raise
     if distribution == "auto":
         raise ModelError(
             f"The loss is no softmax cross-entropy, no sigmoid cross-entropy and no squared error of the outputs (shape {tuple(outputs.shape)}), "
             f"so it cannot be told what labels are drawn from. {remedy}"
         )
     axis = min(1, outputs.ndim - 1)
-    used = gradient.detach().ne(0)
+    used = check_finite(gradient.detach()).ne(0)
     weight = used.any(axis, keepdim=True) if distribution == "categorical" else used
     return Likelihood(distribution, axis, weight.double())
 
@@ -173,25 +179,27 @@ def _fitting(gradient: Tensor, outputs: Tensor) -> Iterator[Likelihood]:
     like = max(1e-3, 4 * rounding)  # up to here, relative to the largest, curvatures agree
     least = min(1e3 * rounding, 1e-2)  # below it, as of a saturated term, rounding is all that is left
 
-    def fitted(distribution: str, axis: int, unit: Unit) -> Iterator[Likelihood]:
+    def fitted(distribution: str, axis: int, unit: Unit, *more: tuple[Tensor, Tensor]) -> Iterator[Likelihood]:
         over = (axis,) if distribution == "categorical" else ()
         expected = unit(first)
         norm = _total(expected.square(), over)
         weight = _total(curved * expected, over).clamp_min(0) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        if _near(weight * unit(second), other, like):
-            sure = norm > least**2
-            typical = weight[sure & (weight > 0)].mean().nan_to_num()
+        sure, counted = norm > least**2, weight > 0
+        known = bool((sure & counted).any())
+        typical = weight[sure & counted if known else counted].median().nan_to_num()
+        floor = 16 * min(rounding, torch.finfo(torch.float32).eps) * (float(typical) if known else 1.0)
+        if all(_near(found, wanted, like, floor) for found, wanted in ((weight * unit(second), other), *more)):
             used = _total(gradient.detach().square(), over) > 0
             yield Likelihood(distribution, axis, weight.where(sure, used * typical))
 
-    for axis in dict.fromkeys((1, outputs.ndim - 1)) if outputs.ndim > 1 else ():
+    for axis in (a for a in dict.fromkeys((1, outputs.ndim - 1)) if 0 < a < outputs.ndim and outputs.shape[a] > 1):
         yield from fitted("categorical", axis, functools.partial(_softmax_product, z.softmax(axis), axis))
     third = along(along(gradient, outputs, first, create_graph=True), outputs, second).double()
     share = z.sigmoid()
     if third.abs().max() <= like / 100 * curved.abs().max():
         yield from fitted("gaussian", 0, lambda v: v)
-    elif _near(second * curved * (1 - 2 * share), third, like):
-        yield from fitted("bernoulli", 0, lambda v: share * (1 - share) * v)
+    slope = second * curved * (1 - 2 * share), third
+    yield from fitted("bernoulli", 0, lambda v: share * (1 - share) * v, slope)
 
 
 def _softmax_product(share: Tensor, axis: int, v: Tensor) -> Tensor:
@@ -202,8 +210,8 @@ def _total(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     return values.sum(axes, keepdim=True) if axes else values
 
 
-def _near(values: Tensor, expected: Tensor, share: float) -> bool:
-    return bool((values - expected).abs().max() <= share * expected.abs().max())
+def _near(values: Tensor, expected: Tensor, share: float, floor: float) -> bool:
+    return bool((values - expected).abs().max() <= share * expected.abs().max() + floor)
 
 
 def output_gradient(loss: Tensor, outputs: Tensor) -> Tensor:

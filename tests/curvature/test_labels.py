@@ -152,6 +152,17 @@ def test_terms_that_are_saturated_count_as_the_others_unless_they_are_ignored():
     torch.testing.assert_close(empirical_gradients(value, z), gradients, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mean", "sigmoids"])
+@pytest.mark.parametrize("logit", [8.0, 12.0, 16.0, 20.0])
+def test_of_an_overconfident_model_the_distribution_is_found_out_and_hardly_any_gradient_is_left(name, logit):
+    distribution, shape, loss = CASES[name]
+    z = outputs_of(shape, torch.float32).detach()
+    target = F.one_hot(labels_like(z), C) if name == "mean" else yes_and_no(z)
+    z = (z + logit * (2 * target - 1)).requires_grad_()  # sure, and right
+    assert likelihood_of(loss(z), z).distribution == distribution
+    assert sampled_gradients(loss(z), z, generator()).square().mean() < 0.01
+
+
 RELATIVE = {"class weights": SOFTMAX[torch.arange(N) % C], "ignored": (LABELS >= 0).double(), "mean": torch.ones(N)}
 
 
@@ -247,6 +258,19 @@ BAD = {
     "not finite": (lambda z: z.sum() / 0, (N, C), "not finite"),
     "no second derivative": (lambda z: Once.apply(z).square().mean(), (N, C), "Double backward is not implemented"),
 }
+
+
+def test_a_name_helps_where_a_loss_can_be_differentiated_only_once():
+    z = outputs_of((N, C))
+    value = Once.apply(z).square().mean()
+    found = sampled_gradients(value, z, generator(), "categorical")
+    torch.testing.assert_close(found, sampled_gradients(CASES["mean"][2](z), z, generator()))
+    (gradient,) = torch.autograd.grad(Once.apply(z).square().mean(), z)
+    torch.testing.assert_close(empirical_gradients(value, z, "mean"), N * gradient)
+    with pytest.raises(ModelError, match="Samples of a batch meet"):
+        empirical_gradients((z @ z.T).square().mean(), z, "mean")
+    with pytest.raises(ModelError, match="Samples of a batch meet"):
+        sampled_gradients((z @ z.T).square().mean(), z, generator(), "categorical")
 
 
 @pytest.mark.parametrize("name", BAD)
