@@ -16,7 +16,7 @@ A loss in which samples meet, such as a contrastive one, has no gradients sample
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -174,7 +174,9 @@ def _fitting(gradient: Tensor, outputs: Tensor) -> Iterator[Likelihood]:
     signs = torch.randint(0, 2, (2, *z.shape), generator=fixed) * 2 - 1
     first, second = (signs * (1 + torch.rand(signs.shape, generator=fixed))).to(z)
     curved, other = (check_finite(along(gradient, outputs, v).double()) for v in (first, second))
-    if gradient.detach().any() and not curved.any():  # such as the absolute error
+    axes = [a for a in dict.fromkeys((1, outputs.ndim - 1)) if 0 < a < outputs.ndim and outputs.shape[a] > 1]
+    if gradient.detach().any() and not curved.any():  # such as the absolute error, or a softmax that is certain
+        yield from _certain(gradient.detach().double(), z, axes)
         return
     like = max(1e-3, 4 * rounding)  # up to here, relative to the largest, curvatures agree
     least = min(1e3 * rounding, 1e-2)  # below it, as of a saturated term, rounding is all that is left
@@ -192,7 +194,7 @@ def _fitting(gradient: Tensor, outputs: Tensor) -> Iterator[Likelihood]:
             used = _total(gradient.detach().square(), over) > 0
             yield Likelihood(distribution, axis, weight.where(sure, used * typical))
 
-    for axis in (a for a in dict.fromkeys((1, outputs.ndim - 1)) if 0 < a < outputs.ndim and outputs.shape[a] > 1):
+    for axis in axes:
         yield from fitted("categorical", axis, functools.partial(_softmax_product, z.softmax(axis), axis))
     third = along(along(gradient, outputs, first, create_graph=True), outputs, second).double()
     share = z.sigmoid()
@@ -200,6 +202,15 @@ def _fitting(gradient: Tensor, outputs: Tensor) -> Iterator[Likelihood]:
         yield from fitted("gaussian", 0, lambda v: v)
     slope = second * curved * (1 - 2 * share), third
     yield from fitted("bernoulli", 0, lambda v: share * (1 - share) * v, slope)
+
+
+def _certain(slope: Tensor, z: Tensor, axes: Sequence[int]) -> Iterator[Likelihood]:
+    """Yield the softmax whose cross-entropy has this slope, which is all that is left of it where one class has all of the probability."""
+    for axis in axes:
+        label = F.one_hot(slope.argmin(axis), z.shape[axis]).movedim(-1, axis)
+        weight = -(slope * label).sum(axis, keepdim=True)
+        if _near(slope, weight * (z.softmax(axis) - label), 1e-6, 0.0):
+            yield Likelihood("categorical", axis, weight.where(weight > 0, weight[weight > 0].median()))
 
 
 def _softmax_product(share: Tensor, axis: int, v: Tensor) -> Tensor:

@@ -96,9 +96,9 @@ class LossModel(WeightPruning):
         steps: Rounds of scoring and removing; the authors have 1, 14 and 140, and more is better.
         step_schedule: From round to round the same share of what is there leaves (``"geometric"``) or the same number (``"linear"``).
         locality: Penalty on the length of a step, at least 0; the authors have 0 and 1e-5 to 1e2. Large ones rank by magnitude.
-        curvature: ``"ggn"``: the generalized Gauss-Newton matrix, exact, a backward pass per output and batch. ``"fisher"``: labels drawn from
-            the softmax, ``draws`` passes. ``"auto"``: exact up to 100 outputs, drawn from there on. ``"hutchinson"``: the Hessian of the loss from
-            random vectors, twice ``draws`` passes.
+        curvature: ``"ggn"``: the generalized Gauss-Newton matrix, exact, a backward pass per output and batch. ``"fisher"``: labels drawn from what
+            the model predicts, ``draws`` passes. ``"auto"``: exact up to 100 outputs, drawn from there on. ``"hutchinson"``: the Hessian of the
+            loss from random vectors, twice ``draws`` passes.
         logits_module: Name of the submodule whose output the loss is computed from, called once per step; ``""`` is the model itself. Softmax,
             sigmoid, squared error or another: the curvature is taken from the loss.
         calibration_batches: Batches read in every round; the authors have 1000 samples.

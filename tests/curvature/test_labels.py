@@ -281,3 +281,16 @@ def test_what_has_no_gradients_sample_by_sample_is_refused(name):
         sampled_gradients(loss(z), z, generator())
     with pytest.raises(ModelError, match=match):
         empirical_gradients(loss(z), z)
+
+
+def test_a_softmax_that_is_certain_and_wrong_is_known_by_its_slope():
+    z = torch.zeros(6, 3)
+    z[:, 0] = 300.0
+    z.requires_grad_()
+    labels = torch.tensor([0, 1, 2, 0, 1, 0])
+    for reduction in ("mean", "sum"):
+        found = likelihood_of(F.cross_entropy(z, labels, reduction=reduction), z)
+        assert (found.distribution, found.axis) == ("categorical", 1)
+        torch.testing.assert_close(found.relative().flatten(), torch.ones(6, dtype=torch.float64))
+    with pytest.raises(ModelError, match="cannot be told"):
+        likelihood_of((z - 1).abs().mean(), z)
