@@ -89,11 +89,12 @@ def forms_within(form: Form, values: Sequence[Tensor]) -> list[tuple[Form, float
     Returns:
         Forms with ascending bonds, and the share of the squares that each may lose at most: the sum over the cuts, exact for one cut.
     """
-    losses = [lost_energy(v[None]).where(lost_energy(v[None]) > _NO_LOSS, 0.0) for v in values]
+    losses = [[loss if loss > _NO_LOSS else 0.0 for loss in lost_energy(v[None]).tolist()] for v in values]
     found: dict[tuple[int, ...], float] = {}
-    for threshold in torch.cat(losses).unique().flip(0).tolist():
-        bonds = useful_bonds(form.sizes, [int((loss > threshold).sum()) + 1 for loss in losses])
-        found[bonds] = sum(float(loss[bond - 1]) for loss, bond in zip(losses, bonds, strict=True))
+    for threshold in sorted({loss for cut in losses for loss in cut}, reverse=True):
+        at = [next(k for k, loss in enumerate(cut) if loss <= threshold) for cut in losses]
+        bonds = useful_bonds(form.sizes, [index + 1 for index in at])
+        found[bonds] = sum(cut[bond - 1] for cut, bond in zip(losses, bonds, strict=True))
     return [(form.with_bonds(bonds), loss) for bonds, loss in found.items()]
 
 

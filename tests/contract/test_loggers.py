@@ -26,6 +26,7 @@ from lightning_prune.flops import count_flops
 from lightning_prune.methods import LowRank
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.factorized import Factorized
+from lightning_prune.structure.mpo import MPO
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.rotated import Rotated
 from lightning_prune.structure.steps import KeepChannels, MaskWeight
@@ -168,16 +169,9 @@ def test_scalars_are_what_the_model_says(told):
         if isinstance(module, Factorized):
             expected[f"kept/net.{name}"] = sizes[0] / sizes[1]
             expected[f"rank/net.{name}"] = module.second.weight.shape[1]
-        elif isinstance(module, Rotated):
+        elif isinstance(module, MPO):
             expected[f"kept/net.{name}"] = sizes[0] / sizes[1]
-            parts = dict(module.named_children())
-            terms = (
-                getattr(module.core, "groups", 1) > 1
-            )  # those of a depthwise core, not the directions, are what the factors show
-            if "rotate_in" in parts:
-                expected[f"{'terms' if terms else 'inputs'}/net.{name}"] = len(parts["rotate_in"].weight)
-            if "rotate_out" in parts and not terms:
-                expected[f"outputs/net.{name}"] = parts["rotate_out"].weight.shape[1]
+            expected[f"bond/net.{name}"] = max(core.shape[1] for core in list(module.cores)[:-1])
         elif isinstance(module, nn.Conv2d | nn.Linear) and (module.weight == 0).any():
             alive = int((module.weight != 0).sum())
             expected[f"kept/net.{name}"] = alive / before.weight.numel()  # of the dense layer's

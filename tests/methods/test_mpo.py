@@ -1,0 +1,421 @@
+"""MPO: which layers, which bonds, within which bound; what the paper counts; weight decay; squeezing."""
+
+import logging
+import math
+
+import pytest
+import torch
+from lit import LitNet, loader, trainer
+from torch import nn
+
+from lightning_prune import MPO, compress, count_flops, load_from_checkpoint
+from lightning_prune.errors import BudgetError, ModelError, OptionError, PlanError
+from lightning_prune.methods.mpo import forms_within, ladder, price
+from lightning_prune.structure.carrier import plan_of
+from lightning_prune.structure.mpo import MPOConv, MPOLinear
+from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.steps import Tensorize
+from lightning_prune.structure.surgery import mask_
+from lightning_prune.structure.tensor_train import Form, cut_values, fold
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=2),
+        nn.Conv2d(32, 64, 3, padding=1, padding_mode="circular"),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(),
+        nn.Linear(576, 97),
+        nn.ReLU(),
+        nn.Linear(97, 10),
+    )
+
+
+X = torch.zeros(2, 3, 12, 12)
+
+
+def params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def correlated(rows: int, columns: int) -> nn.Linear:
+    """A layer whose spectrum falls, unlike that of random weights."""
+    layer = nn.Linear(columns, rows).double()
+    side = math.isqrt(rows), math.isqrt(columns)
+    with torch.no_grad():
+        layer.weight.zero_()
+        for k in range(side[0] * side[1]):
+            a, b = (
+                torch.randn(side, dtype=torch.float64),
+                torch.randn(rows // side[0], columns // side[1], dtype=torch.float64),
+            )
+            layer.weight += torch.kron(a, b) * 0.5**k
+    return layer
+
+
+# Budgets --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "share"), [("params", 0.7), ("params", 0.3), ("params", 0.06), ("flops", 0.8), ("flops", 0.5)]
+)
+@pytest.mark.parametrize("cores", [2, 3])
+def test_a_bound_is_never_exceeded_and_met_closely(what, share, cores):
+    model = network()
+    small, plan = compress(model, MPO(**{what: share}, cores=cores), X)
+    have = {"flops": lambda m: count_flops(m, X).total, "params": params}[what]
+    assert have(small) <= share * have(model)
+    assert have(small) > (share - 0.06) * have(model)
+    assert plan.origin.params == params(model)
+
+
+def test_no_higher_bond_fits_the_budget():
+    """The next choice of every layer that would lose less costs more than is left."""
+    model, share = network(), 0.3
+    small, plan = compress(model, MPO(params=share), X)
+    left = int(share * params(model)) - params(small)
+    for step in plan.steps:
+        layer = model.get_submodule(step.module)
+        values = cut_values(fold(layer.weight.detach(), step.form))
+        forms = forms_within(step.form, values)
+        here = next(k for k, (form, _) in enumerate(forms) if form == step.form)
+        above = forms[here + 1][0] if here + 1 < len(forms) else None
+        assert price(layer, above, (), "params") - price(layer, step.form, (), "params") > left
+
+
+def test_flops_are_priced_as_they_are_counted():
+    for shape in ((2, 3, 12, 12), (64, 3, 12, 12)):
+        x = torch.zeros(shape)
+        dense = count_flops(network(), x)
+        small, plan = compress(network(), MPO(flops=0.5), x)
+        priced = dense.total
+        for step in plan.steps:
+            layer, seen = network().get_submodule(step.module), dense.shapes[step.module]
+            priced += price(layer, step.form, seen, "flops") - price(layer, None, seen, "flops")
+        assert priced == count_flops(small, x).total
+
+
+def test_forms_follow_one_threshold_on_what_every_cut_may_lose():
+    form = Form((4, 4, 4), (4, 4, 4), (1, 1))
+    values = cut_values(torch.randn(form.sizes, dtype=torch.float64))
+    forms = forms_within(form, values)
+    assert [f.bonds for f, _ in forms] == sorted(f.bonds for f, _ in forms)
+    assert [loss for _, loss in forms] == sorted((loss for _, loss in forms), reverse=True)
+    assert forms[-1][0].bonds == (16, 16)
+    for found, loss in forms:
+        tails = [float((v[bond:] ** 2).sum() / (v**2).sum()) for v, bond in zip(values, found.bonds, strict=True)]
+        assert loss == pytest.approx(sum(tails), abs=1e-12)
+        assert max(tails) <= min(
+            float((v[bond - 1 :] ** 2).sum() / (v**2).sum()) for v, bond in zip(values, found.bonds, strict=True)
+        )
+
+
+def test_forms_that_cost_more_and_lose_more_are_not_offered():
+    forms = [(Form((2, 2), (2, 2), (bond,)), loss) for bond, loss in ((1, 0.9), (2, 0.5), (3, 0.2), (4, 0.0))]
+    found = ladder(forms, [10, 40, 30, 60], dense=50)
+    assert [(choice.size, choice.loss, choice.cost) for choice in found] == [
+        (0, 0.9, 10),
+        (2, 0.2, 30),
+        (None, 0.0, 50),
+    ]
+
+
+def test_an_error_holds_for_every_layer_and_what_grows_stays_dense():
+    torch.manual_seed(0)
+    model = nn.Sequential(correlated(64, 100), nn.ReLU(), nn.Linear(64, 36).double())
+    small, plan = compress(model, MPO(error=0.1), torch.zeros(1, 100, dtype=torch.float64))
+    (step,) = plan.steps
+    weight = small[0].dense_weight()
+    lost = float((weight - model[0].weight).norm() / model[0].weight.norm())
+    assert 0.04 < lost <= 0.1  # one bond less would lose twice as much
+    assert "would take" in plan.left_alone["2"]
+    assert step.bonds[0] < 8
+
+
+def test_a_bound_that_cannot_be_met_names_layers_and_the_least():
+    with pytest.raises(BudgetError, match=r"is the least that can be reached.*Bound by '3'"):
+        compress(network(), MPO(flops=0.01), X)
+
+
+def test_a_bond_larger_than_useful_is_lowered_and_said(caplog):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    with caplog.at_level(logging.INFO, "lightning_prune"):
+        _, plan = compress(model, MPO(bond={"0": 30, "2": 6}, modes={"2": [[2, 2], [2, 32]]}), torch.zeros(1, 64))
+    assert [tuple(step.bonds) for step in plan.steps] == [(30,), (4,)]
+    assert "bonds of 6 of layer '2' are larger than useful: (4,)" in caplog.text
+
+
+# The paper's counts ---------------------------------------------------------------------------------------------------------
+
+FC2 = {"modes": {"0": [[4, 4, 4, 4], [4, 7, 7, 4]], "2": [[1, 1, 10, 1], [4, 4, 4, 4]]}}
+LENET = {
+    "modes": {
+        "0": [[2, 5, 6, 2], [2, 10, 10, 2]],
+        "2": [[2, 3, 7, 2], [2, 5, 6, 2]],
+        "4": [[1, 5, 2, 1], [2, 3, 7, 2]],
+    },
+    "bond": {"0": 4, "2": 4, "4": 2},
+}
+
+
+def weights(model: nn.Module) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if "bias" not in name)
+
+
+@pytest.mark.parametrize(("bond", "expected"), [(2, 1 / 198), (16, 0.077)])
+def test_fc2_has_the_parameters_of_the_paper(bond, expected):
+    """rho of Table I: weights after, by weights before; D=2 leaves 1024 of 203,264."""
+    model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
+    small, _ = compress(model, MPO(bond={"0": bond, "2": 4}, mode="scratch", **FC2), torch.zeros(1, 784))
+    assert weights(small) / weights(model) == pytest.approx(expected, rel=0.01)
+    if bond == 2:
+        small, _ = compress(model, MPO(bond={"0": 2, "2": 4}, mode="scratch", **FC2), torch.zeros(1, 784))
+        assert weights(small) == 1024
+
+
+def test_the_linear_layers_of_lenet5_have_the_parameters_of_the_paper():
+    model = nn.Sequential(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10))
+    small, _ = compress(model, MPO(mode="scratch", **LENET), torch.zeros(1, 400))
+    assert weights(small) / weights(model) == pytest.approx(0.0485, abs=5e-5)
+
+
+def test_the_densenet_rows_of_the_paper_that_fit_and_the_one_that_does_not():
+    """40(16,12,12): .129. With its last convolution as well the paper says .497 and the same formula .79."""
+    head = Form((1, 5, 2, 1), (4, 4, 7, 4), (4, 4, 4))
+    head = head.with_bonds(head.bonds)
+    assert head.params / (448 * 10) == pytest.approx(0.129, abs=1e-3)
+
+
+# What happens to layers -----------------------------------------------------------------------------------------------------
+
+
+def test_kinds_of_layers_and_reasons():
+    small, plan = compress(network(), MPO(bond=2), X)
+    assert {step.module for step in plan.steps} == {"0", "3", "7", "9"}
+    assert isinstance(small[3], MPOConv)
+    assert isinstance(small[7], MPOLinear)
+    assert plan.left_alone == {"2": "it is a convolution in groups"}
+
+
+def test_tied_parametrized_and_adapted_weights_stay():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer, self.lora_A = nn.Linear(64, 64), nn.Linear(64, 2, bias=False)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.lora_A(x).sum()
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+            self.d, self.e = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), Adapted()
+            self.unused = nn.Linear(64, 64)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.e(self.d(self.c(self.b(self.a(x)))))
+
+    _, plan = compress(Tied(), MPO(bond=4), torch.zeros(2, 64))
+    assert [step.module for step in plan.steps] == ["c"]
+    for name, reason in {"a": "tied", "d": "parametrized", "e.base_layer": "adapter", "unused": "not called"}.items():
+        assert reason in plan.left_alone[name]
+
+
+def test_quantized_layers_stay():
+    model = nn.Sequential(nn.Linear(64, 64), torch.ao.nn.quantized.dynamic.Linear(64, 64), nn.Linear(64, 4))
+    assert MPO(bond=4, include="0").claim(model) == {"0"}
+    with pytest.raises(ModelError, match="quantized"):
+        compress(model, MPO(bond=4, include="1"), torch.zeros(2, 64))
+
+
+@pytest.mark.parametrize("mode", ["pretrained", "scratch"])
+def test_the_compact_model_computes_what_the_plan_stands_for(mode):
+    torch.manual_seed(3)
+    model = network().double().eval()
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    small, plan = compress(model, MPO(params=0.3, mode=mode), x)
+    mask_(model, plan)
+    torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-11)
+
+
+def test_a_plan_builds_its_shapes_and_undoes_them():
+    small, plan = compress(network(), MPO(params=0.3, auxiliary_only=True, cores=3), X)
+    fresh = network()
+    Plan.from_json(plan.to_json()).build(fresh)
+    fresh.load_state_dict(
+        {key: value for key, value in small.state_dict().items() if "extra_state" not in key}, strict=True
+    )
+    torch.testing.assert_close(fresh(X), small(X))
+    assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in small.parameters()]
+    for step in reversed(plan.steps):
+        step.undo(fresh)
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in network().parameters()]
+    assert all(p.requires_grad for p in fresh.parameters())
+
+
+def test_a_broken_step_of_a_file_is_refused():
+    step = compress(network(), MPO(bond=2, include="7"), X)[1].steps[0].to_dict()
+    for change in (
+        {"bonds": [0]},
+        {"bonds": [10**6]},
+        {"outputs": [2, 3]},
+        {"train": "no"},
+        {"seed": "1"},
+        {"inputs": [1.0, 576]},
+    ):
+        with pytest.raises(PlanError, match="'7'"):
+            Tensorize(**{key: value for key, value in (step | change).items() if key != "action"})
+
+
+def test_from_scratch_the_variance_is_that_of_the_weights_and_the_seed_decides():
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    draws = [compress(model, MPO(bond=8, mode="scratch", seed=seed), torch.zeros(1, 256))[0] for seed in (0, 0, 1)]
+    found = [[layer.dense_weight() for layer in (draw[0], draw[2])] for draw in draws]
+    assert torch.equal(found[0][0], found[1][0])
+    assert not torch.equal(found[0][0], found[2][0])
+    assert not torch.equal(found[0][0], found[0][1])
+    variances = [float(w.var() / model[0].weight.var()) for pair in found for w in pair]
+    assert sum(variances) / len(variances) == pytest.approx(1, rel=0.1)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    zero = compress(model, MPO(bond=8, mode="scratch"), torch.zeros(1, 256))[0][0].dense_weight()
+    assert float(zero.var()) == pytest.approx(2 / 512, rel=0.2)
+
+
+def test_facts_and_rows_tell_entropy_and_multiply_adds():
+    model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
+    _, plan = compress(model, MPO(bond=16, include="0", modes={"0": FC2["modes"]["0"]}), torch.zeros(1, 784))
+    (step,) = plan.steps
+    facts, (row, *_) = step.facts(), plan.rows()
+    assert facts["bond"] == 16
+    assert all(0 < facts[f"entropy_{k}"] <= math.log(16) for k in (1, 2, 3))
+    assert row["kept"] == pytest.approx(0.077, abs=0.002)
+    assert "657% of the multiply-adds" in row["after"]
+
+
+def test_a_second_stage_leaves_cores_alone_and_knows_the_names():
+    small, _ = compress(network(), MPO(bond=2, include="7"), X)
+    again, plan = compress(small, MPO(bond=3, include=["7", "9"]), X)
+    assert [step.module for step in plan.steps] == ["7", "9"]
+    assert again[7].form.bonds == (2,)
+    assert not any("7" in name for name in plan.left_alone)
+
+
+# Training -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("SGD", {"momentum": 0.9}),
+        ("SGD", {"maximize": True}),
+        ("AdamW", {}),
+        ("RMSprop", {}),
+    ],
+)
+def test_decay_counts_one_nth_on_the_cores(kind, options, tmp_path):
+    """Beside the same fit without the callback, the decay divided by hand."""
+
+    class Net(LitNet):
+        cores_decay = 0.1
+
+        def configure_optimizers(self):
+            cores = {p for name, p in self.named_parameters() if "cores" in name}
+            rest = [p for p in self.parameters() if p not in cores]
+            groups = [{"params": list(cores), "weight_decay": self.cores_decay}, {"params": rest}]
+            return getattr(torch.optim, kind)(groups, lr=1e-3, weight_decay=0.1, **options)
+
+    found = []
+    for share in (1, 1 / 2):
+        torch.manual_seed(0)
+        model = Net(norm=False).double()
+        model.cores_decay = 0.1 * share
+        method = MPO(bond=3, include="net.8")
+        if share != 1:
+            model = compress(model, method, torch.zeros(2, 1, 8, 8, dtype=torch.float64))[0]
+        run = trainer(tmp_path, callbacks=[method] if share == 1 else [], precision="64-true", max_epochs=1)
+        run.fit(model, loader())
+        found.append(model.net[8].dense_weight())
+    torch.testing.assert_close(*found, rtol=1e-4 if kind == "AdamW" else 1e-10, atol=1e-6 if kind == "AdamW" else 1e-12)
+
+
+def test_auxiliary_cores_alone_train_and_stay_so_after_a_file(tmp_path):
+    torch.manual_seed(0)
+    model = LitNet()
+    method = MPO(bond=3, include="net.8", auxiliary_only=True)
+    before = compress(model, method, torch.zeros(2, 1, 8, 8))[0].net[8]
+    run = trainer(tmp_path, callbacks=[method])
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "small.ckpt")
+    for layer in (model.net[8], load_from_checkpoint(LitNet, tmp_path / "small.ckpt").net[8]):
+        sizes = [core.numel() for core in layer.cores]
+        assert [core.requires_grad for core in layer.cores] == [size < max(sizes) for size in sizes]
+        same = [torch.equal(core, old) for core, old in zip(layer.cores, before.cores, strict=True)]
+        assert same == [size == max(sizes) for size in sizes]
+
+
+def test_bonds_are_squeezed_while_training_and_the_bound_holds_in_the_end(tmp_path):
+    torch.manual_seed(0)
+    model, seen = LitNet(), []
+    dense = params(model)
+
+    class Watched(MPO):
+        def on_step_begin(self, trainer, module):
+            super().on_step_begin(trainer, module)
+            for name, bonds in self._bonds.items():
+                weight = module.get_submodule(name).weight
+                form = self._forms({name: module.get_submodule(name)})[name]
+                if self._squeezed_at == self.steps:
+                    values = cut_values(fold(weight.detach(), form))
+                    beyond = [float(v[bond:].norm() / v.norm()) for v, bond in zip(values, bonds, strict=True)]
+                    assert max(beyond) < 1e-6
+            seen.append({name: list(bonds) for name, bonds in self._bonds.items()})
+
+    method = Watched(params=0.3, dimension_squeezing=True, until_epoch=2, every_n_steps=2)
+    trainer(tmp_path, callbacks=[method], max_epochs=3).fit(model, loader())
+    assert params(model) <= 0.3 * dense
+    assert params(model) > 0.2 * dense
+    assert len({str(bonds) for bonds in seen}) > 3
+    sizes = [sum(map(sum, bonds.values())) for bonds in seen if len(bonds) == len(seen[-1])]
+    assert sizes[-1] < sizes[0]
+    assert {step.action for step in plan_of(model).steps} == {"mpo"}
+
+
+# What is refused ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "exactly one of params, flops, error, bond"),
+        ({"params": 0.5, "bond": 3}, "exactly one"),
+        ({"params": 1.5}, "params=1.5"),
+        ({"error": 1.0}, "error=1.0"),
+        ({"bond": 0}, "bond=0"),
+        ({"bond": {}}, r"bond=\{\}"),
+        ({"bond": {"fc": 2.5}}, "bond="),
+        ({"bond": 2, "cores": 1}, "cores=1"),
+        ({"bond": 2, "mode": "trained"}, "mode='trained'"),
+        ({"bond": 2, "train": "fast"}, "train='fast'"),
+        ({"bond": 2, "modes": {"fc": [[2, 2], [2]]}}, "as many of each"),
+        ({"bond": 2, "dimension_squeezing": True}, "towards a budget"),
+        ({"params": 0.5, "until_epoch": 3}, "for dimension_squeezing"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(options, match):
+    with pytest.raises(OptionError, match=match):
+        MPO(**options)
+
+
+def test_modes_that_do_not_fit_and_names_that_match_nothing_are_told():
+    with pytest.raises(OptionError, match=r"those of '7' multiply to 96 outputs and 576 inputs; the layer has 97"):
+        compress(network(), MPO(bond=2, modes={"7": [[12, 8], [24, 24]]}), X)
+    with pytest.raises(OptionError, match=r"modes=.*'nine' matches no layer"):
+        compress(network(), MPO(bond=2, modes={"nine": [[2], [2]]}), X)
+    with pytest.raises(OptionError, match=r"bond=.*'nine' matches no layer"):
+        compress(network(), MPO(bond={"nine": 2}), X)
