@@ -293,7 +293,7 @@ class MPO(Compression):
     ) -> tuple[dict[str, DenseLayer], dict[str, str]]:
         """Return the layers that can be factorized, and the reasons why others that were chosen cannot."""
         done = {name for name, m in model.named_modules() if isinstance(m, MPOLayer)}
-        reasons = obstacles(model)
+        reasons = {name: why for name, why in obstacles(model).items() if name.removesuffix(".cores") not in done}
         reasons |= {
             n: "it is a convolution in groups"
             for n, m in model.named_modules()
@@ -370,8 +370,14 @@ class MPO(Compression):
         chosen = {}
         for name, bond in wanted.items():
             chosen[name] = forms[name].with_bonds(useful_bonds(forms[name].sizes, bond))
-            if max(chosen[name].bonds, default=bond) < bond:
-                log.info("MPO: bonds of %s of layer %r are larger than useful: %s.", bond, name, chosen[name].bonds)
+            if set(chosen[name].bonds) - {bond}:
+                told = "/".join(map(str, chosen[name].bonds))
+                log.info(
+                    "MPO: bonds of %d between all cores of layer %r are larger than useful; lowered to %s.",
+                    bond,
+                    name,
+                    told,
+                )
         return chosen
 
     def _within_budget(

@@ -70,8 +70,9 @@ def obstacles(model: nn.Module) -> dict[str, str]:
         holds a parameter of two or more dimensions itself, and every lazy or quantized one, that cannot be factorized.
     """
     around, found = obstacles_around(model), {}
+    cores = {id(module.cores) for module in model.modules() if isinstance(module, MPO)}
     for name, module in model.named_modules():
-        reason = obstacle(module) or around.get(name)
+        reason = "they are factors already" if id(module) in cores else obstacle(module) or around.get(name)
         if reason is not None and (_holds_weights(module) or isinstance(module, tuple(LAYERS.values()))):
             found[name] = reason
     return found
@@ -178,11 +179,8 @@ def _wrapped(model: nn.Module) -> dict[str, str]:
     """Find layers that are factors already, and layers inside of adapters, whose code reads and changes the weight."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Factorized | Rotated):
-            reasons = dict.fromkeys(module._modules, "it is a factor already")
-            found |= {f"{name}.{child}".removeprefix("."): reason for child, reason in reasons.items()}
-        if isinstance(module, MPO):
-            found[f"{name}.cores".removeprefix(".")] = "they are factors already"
+        if isinstance(module, Factorized):
+            found |= {f"{name}.{child}".removeprefix("."): "it is a factor already" for child in ("first", "second")}
         if any(key.startswith("lora_") for key in [*module._modules, *module._parameters]):
             reason = f"it is wrapped by the adapter {type(module).__name__}: merge the adapter first"
             found |= {f"{name}.{below}".strip("."): reason for below, _ in module.named_modules()}
