@@ -85,9 +85,9 @@ class ColumnSlice:
         """Shape values of units, ``[units + 1]``, so that they broadcast over the parameter."""
         return self.layout.along(values.to(self.parameter.dtype), self.parameter.shape)
 
-    def sizes(self, dtype: torch.dtype) -> Tensor:
-        """Return the mean absolute value of every column, ``[columns]``."""
-        return self.parameter.detach().reshape(self.layout.view).abs().mean(self.layout.outputs, dtype=dtype).flatten()
+    def sizes(self, absolute: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the mean of every column of the absolute values, ``[columns]``."""
+        return absolute.reshape(self.layout.view).mean(self.layout.outputs, dtype=dtype).flatten()
 
 
 class ColumnSlices(Cells):
@@ -104,7 +104,7 @@ class ColumnSlices(Cells):
 
     def scores(self) -> Tensor:
         """Return the mean absolute value of every column, ``[units]``."""
-        return torch.cat([own.sizes(self.dtype) for own in self._own])
+        return torch.cat([own.sizes(self.absolute(own.parameter), self.dtype) for own in self._own])
 
     def masks(self, gone: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the weights with columns that are gone, each with a mask that is False there, on the CPU."""

@@ -224,7 +224,7 @@ class Growth(Masking):
 
     def lowest(self, *keys: Tensor) -> Tensor:
         """Return of every cell the units of the smallest keys among those not gone, as many as still have to leave, ``[units]``, boolean."""
-        ranks = self.slices.ranks(self.gone.to(torch.uint8), *keys)
+        ranks = self.slices.ranks(self.gone, *keys)
         return ~self.gone & (ranks < self.left[self.slices.cell])
 
     def drop(self, units: Tensor) -> None:

@@ -232,7 +232,7 @@ class IncReg(Penalty):
         slices, strength = self.slices, self.numbers["strength"]
         scores = slices.scores()
         self.ranks += slices.ranks(scores.masked_fill(self.gone, -1.0))  # whole numbers: equal averages are equal
-        place = slices.ranks(self.gone.to(torch.uint8), self.ranks).to(scores.dtype)
+        place = slices.ranks(self.gone, self.ranks).to(scores.dtype)
         left, live = (counts[slices.cell] for counts in (self.left, slices.size - self.quota + self.left))
         change = punishment(place, left, live, strength, self.shape, self.delta_clip)
         self.values = torch.where(self.gone, self.values, (self.values + change).clamp(min=0))

@@ -285,7 +285,7 @@ class SPP(Growth):
         scores = self.slices.scores()
         self.check_finite(scores)
         self.ranks += self.slices.ranks(scores.masked_fill(self.gone, -1.0))
-        place = self.slices.ranks(self.gone.to(torch.uint8), scores if self.official else self.ranks)
+        place = self.slices.ranks(self.gone, scores if self.official else self.ranks)
         missing, live = (counts[self.slices.cell] for counts in (self.left, self.slices.size - self.quota + self.left))
         self.values = grown(self.values, place, missing, live, self.numbers["strength"], None if self.official else 1.0)
         gone = self.likely() if count >= self.numbers["max_updates"] else self.values == 1

@@ -57,15 +57,29 @@ def test_ranks_are_places_within_the_cell_and_ties_go_by_later_keys_then_by_numb
     model, example = NETWORKS["conv3d"]()
     slices = UnitSlices(model, units_of(model, example))
     generator = torch.Generator().manual_seed(1)
-    first, second = (torch.randint(0, 4, (slices.count,), generator=generator) for _ in range(2))
+    numbers = [torch.randint(0, 4, (slices.count,), generator=generator) for _ in range(2)]
+    values = torch.tensor([-2.5, -0.0, 0.0, 1e-30])
+    flags = torch.rand(slices.count, generator=generator) < 0.3
+    for first, second in (
+        numbers,
+        (values[numbers[0]], numbers[1]),
+        (numbers[0], values[numbers[1]]),
+        (values[numbers[0]].double(), values[numbers[1]]),
+        (flags, numbers[0]),
+        (flags, values[numbers[0]]),
+    ):
+        check_places(slices, first, second)
+    for cell in range(len(slices.size)):
+        assert int(slices.size[cell]) == int((slices.cell == cell).sum())
+    assert slices.counts(flags).tolist() == [int(flags[slices.cell == c].sum()) for c in range(len(slices.size))]
+
+
+def check_places(slices, first, second):
     ranks = slices.ranks(first, second).tolist()
     for cell in range(len(slices.size)):
         own = [unit for unit in range(slices.count) if slices.cell[unit] == cell]
         order = sorted(own, key=lambda unit: (first[unit], second[unit], unit))
         assert [ranks[unit] for unit in order] == list(range(len(own)))
-        assert int(slices.size[cell]) == len(own)
-    flags = torch.rand(slices.count, generator=generator) < 0.3
-    assert slices.counts(flags).tolist() == [int(flags[slices.cell == c].sum()) for c in range(len(slices.size))]
 
 
 def test_halves_of_a_tied_weight_are_cells_of_their_own_and_lose_equally_many():
