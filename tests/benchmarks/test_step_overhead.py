@@ -78,7 +78,7 @@ def timed(callback):
     return callback
 
 
-def share(callback, folder, monkeypatch, planned=1):
+def share(callback, folder, monkeypatch, planned=1, average=statistics.mean):
     """Return seconds that the callback takes per step and seconds of the rest of a step, of a fit planned for so many epochs of 22 steps."""
     monkeypatch.setattr(Compression, "_close", lambda *_: None)  # the end of the fit is no step
     clock = Clock()
@@ -91,7 +91,7 @@ def share(callback, folder, monkeypatch, planned=1):
     ]
     rest = statistics.median(step - mine for step, mine in zip(steps, own, strict=False))
     window = own[1:21]  # the second projection with the steps that it serves
-    return statistics.mean(window), rest
+    return average(window), rest
 
 
 @pytest.mark.benchmark
