@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_prune.callback import loggers
 from lightning_prune.callback.channels import ChannelRemoval, channel_removal
 from lightning_prune.callback.checks import check_choice, check_integer
 from lightning_prune.callback.columns import ColumnRemoval, column_removal
@@ -28,6 +29,7 @@ from lightning_prune.callback.task import Task
 from lightning_prune.callback.unit_slices import Cells, UnitSlices, even, frozen_units
 from lightning_prune.errors import CheckpointError, ModelError, TrainerError
 from lightning_prune.measure.picture import draw_growth
+from lightning_prune.probe import FOREIGN
 from lightning_prune.structure.groups import Group, Structure
 from lightning_prune.structure.masks import Masks
 from lightning_prune.structure.plan import Plan
@@ -37,6 +39,7 @@ from lightning_prune.structure.steps import Step
 
 log = logging.getLogger(__name__)
 
+MEASURED = 8  # batches on which the loss is taken before and after the removal
 FOLLOWED = 50  # steps after which running statistics have followed a change: 0.9 to the power of 50 is 0.5 %
 POINTS = 200  # of the history, at most about so many
 
@@ -142,6 +145,7 @@ class Growth(Masking):
         over: Whether none has to leave any more.
         updates: Optimizer steps that have counted.
         numbers: What was derived from the planned steps before training, by name.
+        losses: The loss before and after the removal, in eval mode on eight training batches; NaN where the training step cannot be run so.
 
     Raises:
         OptionError: If an argument is of the wrong type or out of range.
@@ -192,6 +196,7 @@ class Growth(Masking):
             self.__dict__.pop(name, None)
         self.updates, self.numbers, self.over = 0, dict[str, float](), False
         self._begun, self._seen, self._stride, self._dropped = False, 0, 1, 0
+        self.losses = math.nan, math.nan
         self._saved: dict[str, Any] | None = None
         self._history: list[Tensor] = []
         self._first: Tensor | None = None
@@ -363,6 +368,36 @@ class Growth(Masking):
                 return
         super()._close(trainer, pl_module)
 
+    def _shrink(self, trainer: Any, module: Any, task: Task) -> None:
+        """Shrink, and tell what that does to the loss."""
+        before = self._loss(module, task)
+        super()._shrink(trainer, module, task)
+        self.losses = before, self._loss(module, task)
+        if all(map(math.isfinite, self.losses)):
+            told = dict(zip(("removal/loss_before", "removal/loss_after"), self.losses, strict=True))
+            loggers.tell_scalars(trainer, told)
+            log.info(
+                "%s: the loss was %.4g before the removal and is %.4g after it.", type(self).__name__, *self.losses
+            )
+
+    @torch.no_grad()
+    def _loss(self, module: Any, task: Task) -> float:
+        """Return the loss of the training step in eval mode, the mean over a few batches and all ranks; NaN where it cannot be run here."""
+        losses = [torch.tensor(math.nan)]
+        try:
+            with task.probe.quiet(mode="eval"):
+                batches = enumerate(task.probe.batches(MEASURED, "Measuring") if module.automatic_optimization else ())
+                losses = [
+                    loss for i, batch in batches if (loss := task.probe.loss_if_any(batch, i)) is not None
+                ] or losses
+        except FOREIGN as error:
+            log.debug(
+                "What the removal does to the loss is not told, the training step cannot be run in eval mode: %s", error
+            )
+        return float(
+            task.probe.mean(torch.stack([loss.float().reshape(()) for loss in losses]).mean().to(module.device))
+        )
+
     def _batches_for_norms(self) -> int:
         """Return 0 if training has followed since all were at zero: then removal changes nothing, not even statistics."""
         return 0 if self.progress() == 1 and self.updates >= self._dropped + FOLLOWED else self.recalibrate_bn
@@ -419,6 +454,10 @@ class Growth(Masking):
             f"What is left of the weights of units that stay and of units that leave, as a share of their sizes at the start, over {self.updates:,} "
             f"optimizer steps, and the {self.grown} that grew."
         )
+        if all(map(math.isfinite, self.losses)):
+            text += " The loss of the first training batches, in eval mode, was {:.4g} before the removal and {:.4g} after it.".format(
+                *self.losses
+            )
         return () if picture is None else (Exhibit(f"{type(self).__name__}: growth", text, picture=picture),)
 
     # State ----------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from lightning_prune.callback.unit_slices import UnitSlices, cells_of, even
 from lightning_prune.errors import BudgetError, CheckpointError, ModelError, OptionError, TrainerError
 from lightning_prune.methods.greg import GReg
 from lightning_prune.methods.increg import IncReg
+from lightning_prune.methods.spp import SPP
 from lightning_prune.structure.calls import as_calls
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.groups import find_units
@@ -566,6 +567,68 @@ def test_the_history_is_sampled_and_ends_with_leaving_units_at_zero(tmp_path):
     assert (np.diff(history[:51, 3:6].max(1)) >= 0).all()  # the penalty only grows
     assert method.picture().startswith(b"\x89PNG")
     assert GReg(sparsity=0.5).picture() is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_before_and_after_the_removal_is_told_and_where_norms_stay_it_is_the_same(name, tmp_path):
+    class Masked(Callback):
+        def on_train_end(self, trainer, module):
+            self.net = copy.deepcopy(module.net).eval()
+
+    def by_hand(net):
+        with torch.no_grad():
+            return np.mean([float(nn.functional.cross_entropy(net.eval()(x), y)) for x, y in loader()])
+
+    method, masked = METHODS[name](sparsity=0.5, align=1, recalibrate_bn=0), Masked()
+    model, _ = fit(method, tmp_path, callbacks=[masked], max_epochs=6, logger=CSVLogger(tmp_path, "csv"))
+    before, after = method.losses
+    assert before == pytest.approx(by_hand(masked.net), rel=1e-5)
+    assert after == pytest.approx(by_hand(model.net), rel=1e-5)
+    assert after == pytest.approx(before, rel=1e-4)
+    with (tmp_path / "csv" / "version_0" / "metrics.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row.get("compression/removal/loss_after")]
+    assert [float(rows[0][f"compression/removal/loss_{when}"]) for when in ("before", "after")] == [before, after]
+    assert f"was {before:.4g} before the removal" in method.exhibits()[0].text
+
+
+def test_with_manual_optimization_no_loss_is_told_because_its_training_step_would_train(tmp_path):
+    class Manual(LitNet):
+        automatic_optimization, calls = False, 0
+
+        def training_step(self, batch, batch_idx):
+            self.calls += 1
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+    method, model = IncReg(sparsity=0.5, align=1), Manual()
+    fit(method, tmp_path, model, max_epochs=6)
+    assert np.isnan(method.losses).all()
+    assert model.calls == 24
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [*METHODS, "SPP"])
+def test_on_the_digits_removal_changes_the_accuracy_by_at_most_a_fifth_of_a_point(name, tmp_path):
+    from lightning_prune.demo import DigitsData, DigitsNet
+
+    def accuracy(net):
+        hits = [(net(x).argmax(1) == y).float() for x, y in data.val_dataloader()]
+        return float(torch.cat(hits).mean())
+
+    class Masked(Callback):
+        def on_train_end(self, trainer, module):
+            self.accuracy = accuracy(copy.deepcopy(module).eval())
+
+    data, model = DigitsData(batch_size=64, size=16), DigitsNet(width=16, size=16)
+    trainer(tmp_path, max_epochs=4).fit(model, datamodule=data)
+    method, masked = (METHODS | {"SPP": SPP})[name](flops=0.5, align=1), Masked()
+    trainer(tmp_path, callbacks=[method, masked], max_epochs=8).fit(model, datamodule=data)
+    with torch.no_grad():
+        after = accuracy(model.eval())
+    print(f"{name}: {masked.accuracy:.4f} before the removal, {after:.4f} after it; losses {method.losses}")
+    assert abs(after - masked.accuracy) <= 0.002 + 1e-6
+    assert after > 0.9
 
 
 # Options and what is said before training ---------------------------------------------------------------------------------------
