@@ -24,6 +24,7 @@ _HOME = {
     "LowRank": "lightning_prune.methods",
     "MPO": "lightning_prune.methods",
     "Magnitude": "lightning_prune.methods",
+    "OptimalBrain": "lightning_prune.methods",
     "PFP": "lightning_prune.methods",
     "Plan": "lightning_prune.structure.plan",
     "Random": "lightning_prune.methods",

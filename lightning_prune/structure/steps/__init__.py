@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_prune.errors import PlanError
 from lightning_prune.structure.steps.absorb import AbsorbConstants
+from lightning_prune.structure.steps.add import AddToWeight
 from lightning_prune.structure.steps.attention import OpenHeads
 from lightning_prune.structure.steps.base import Step
 from lightning_prune.structure.steps.channels import KeepChannels
@@ -20,11 +21,11 @@ STEPS: dict[str, type[Step]] = {
     kind.action: kind
     for kind in (
         MaskWeight,
+        AddToWeight,
         AbsorbConstants,
         ScaleInputs,
         Factorize,
         Rotate,
-        Tensorize,
         KeepChannels,
         GatherInputs,
         OpenHeads,
@@ -55,6 +56,7 @@ def read_step(item: Mapping[str, Any]) -> Step:
 __all__ = [
     "STEPS",
     "AbsorbConstants",
+    "AddToWeight",
     "Cut",
     "Factorize",
     "GatherInputs",
