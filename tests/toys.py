@@ -47,6 +47,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Magnitude-gradually": ("Magnitude", GRADUALLY),
     "Magnitude-weights": ("Magnitude", WEIGHTS),
     "Magnitude-weights-gradually": ("Magnitude", WEIGHTS | GRADUALLY),
+    "OptimalBrain-gradually": ("OptimalBrain", {"rule": "kron-obs"} | GRADUALLY),
     "PFP-gradually": ("PFP", GRADUALLY),
     "PFP-random-gradually": ("PFP", {"mode": "random"} | GRADUALLY),
     "Random-weights": ("Random", WEIGHTS),

@@ -15,9 +15,9 @@ A unit is whatever leaves together (:mod:`lightning_prune.structure.groups`): it
 paper's factor of 1/2 is left out, as in its code.
 
 Where we differ from the authors' code, unless ``official=True``: ``w_i A w_i^T`` is the quadratic form of the paper, where the code squares first,
-``sum_jk w_ij^2 A_jk``; Kron-OBS updates jointly for all rows that leave a layer, ``-S^-1[:,P] (S^-1[P,P])^-1 W_P``, where the code sums what each
-alone would ask for; damping is relative to the mean eigenvalue, where the code adds 1e-10, so that dead directions dominate. In a gradual run rows that are
-masked are no variables any more: updates leave them at zero. C-OBD counts weights only; the others count biases, too.
+``sum_jk w_ij^2 A_jk``; Kron-OBS updates jointly for all rows ``P`` that leave a layer, ``-S^-1[:,P] (S^-1[P,P])^-1 W_P``, where the code sums what
+each alone would ask for; damping is relative to the mean eigenvalue, where the code adds 1e-10, so that dead directions dominate. In a gradual run
+rows that are masked are no variables any more: updates leave them at zero. C-OBD counts weights only; the others count biases, too.
 """
 
 import contextlib
@@ -51,6 +51,7 @@ from lightning_prune.structure.steps import AddToWeight, Step
 log = logging.getLogger(__name__)
 Rule = Literal["c-obd", "c-obs", "kron-obd", "kron-obs"]
 _ZERO, _DAMPING = 1e-15, 1e-10  # of the authors: eigenvalues that count as 0, and what is added to all
+_NOTHING = 1e-12  # the importance of a layer below which there is no Fisher information to go by
 
 
 # Formulas -------------------------------------------------------------------------------------------------------------------------
@@ -69,8 +70,8 @@ def inverse(factor: Tensor, damping: float, official: bool = False) -> Tensor:
     """
     if official:
         values, vectors = torch.linalg.eigh(factor)
-        scaled: Tensor = vectors / (torch.where(values > _ZERO, values, 0) + _DAMPING)
-        return scaled @ vectors.mT
+        damped: Tensor = torch.where(values > _ZERO, values, 0.0) + _DAMPING
+        return torch.einsum("ik,k,jk->ij", vectors, 1 / damped, vectors)
     mean = factor.diagonal().mean().clamp_min(1e-30)  # of no curvature at all: any multiple of the identity will do
     root, failed = torch.linalg.cholesky_ex(factor + damping * mean * torch.eye(len(factor)).to(factor))
     if bool(failed):
@@ -384,12 +385,14 @@ class OptimalBrain(ChannelPruning):
                 raise ModelError(f"OptimalBrain: the weights of {name!r} are not finite. Look for a diverged training.")
             here = units[name] >= 0
             total += np.bincount(units[name][here], found.cpu().numpy()[here], minlength=structure.count)
-        blind = [name for name in layers if name not in rows or not bool(rows[name].any())]
+        blind = [name for name in layers if name not in rows or float(rows[name].sum()) <= _NOTHING]
         if blind:
             log.warning(
-                "OptimalBrain: no gradient of the loss comes from %s, and the channels that they write count for nothing there. Leave these layers "
-                "out by exclude=, or take fisher='empirical' or more calibration_batches if the model is next to certain of what it predicts.",
+                "OptimalBrain: the loss does not depend on %s as far as the Fisher information tells (the importances of all layers sum to %.3g), so "
+                "that the channels written there are the first to leave. Take fisher='empirical' or more calibration_batches if the model is next to "
+                "certain of what it predicts; otherwise leave these layers out by exclude=.",
                 ", ".join(map(repr, blind)),
+                total.sum(),
             )
         return total
 
