@@ -179,8 +179,9 @@ def _wrapped(model: nn.Module) -> dict[str, str]:
     """Find layers that are factors already, and layers inside of adapters, whose code reads and changes the weight."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Factorized):
-            found |= {f"{name}.{child}".removeprefix("."): "it is a factor already" for child in ("first", "second")}
+        if isinstance(module, Factorized | Rotated):
+            reasons = dict.fromkeys(module._modules, "it is a factor already")
+            found |= {f"{name}.{child}".removeprefix("."): reason for child, reason in reasons.items()}
         if any(key.startswith("lora_") for key in [*module._modules, *module._parameters]):
             reason = f"it is wrapped by the adapter {type(module).__name__}: merge the adapter first"
             found |= {f"{name}.{below}".strip("."): reason for below, _ in module.named_modules()}
