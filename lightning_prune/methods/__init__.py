@@ -8,6 +8,7 @@ from lightning_prune.methods.kfe import KFE
 from lightning_prune.methods.loss_model import LossModel
 from lightning_prune.methods.low_rank import LowRank
 from lightning_prune.methods.magnitude import Magnitude
+from lightning_prune.methods.mpo import MPO
 from lightning_prune.methods.optimal_brain import OptimalBrain
 from lightning_prune.methods.pfp import PFP
 from lightning_prune.methods.random import Random

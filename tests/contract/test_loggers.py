@@ -169,6 +169,16 @@ def test_scalars_are_what_the_model_says(told):
         if isinstance(module, Factorized):
             expected[f"kept/net.{name}"] = sizes[0] / sizes[1]
             expected[f"rank/net.{name}"] = module.second.weight.shape[1]
+        elif isinstance(module, Rotated):
+            expected[f"kept/net.{name}"] = sizes[0] / sizes[1]
+            parts = dict(module.named_children())
+            terms = (
+                getattr(module.core, "groups", 1) > 1
+            )  # the factors of a depthwise core show these, not the directions
+            if "rotate_in" in parts:
+                expected[f"{'terms' if terms else 'inputs'}/net.{name}"] = len(parts["rotate_in"].weight)
+            if "rotate_out" in parts and not terms:
+                expected[f"outputs/net.{name}"] = parts["rotate_out"].weight.shape[1]
         elif isinstance(module, MPO):
             expected[f"kept/net.{name}"] = sizes[0] / sizes[1]
             expected[f"bond/net.{name}"] = max(core.shape[1] for core in list(module.cores)[:-1])

@@ -26,10 +26,13 @@ from toys import KINDS, UNPLANNED, kind_of, make
 from lightning_prune import LowRank, load_from_checkpoint
 from lightning_prune.errors import ModelError, TrainerError
 from lightning_prune.structure.carrier import NAME, plan_of
+from lightning_prune.structure.factorized import Factorized
 from lightning_prune.structure.masks import cut_masks
+from lightning_prune.structure.mpo import MPO
+from lightning_prune.structure.rotated import Rotated
 from lightning_prune.structure.steps import KeepChannels, MaskWeight
 
-REPLACED = {"factorize": "Factorized", "rotate": "Rotated"}  # what stands in the place of a layer, by action
+REPLACED = {"factorize": Factorized, "rotate": Rotated, "mpo": MPO}  # what stands in the place of a layer, by action
 
 pytestmark = pytest.mark.parametrize("name", KINDS)
 
@@ -57,7 +60,7 @@ def assert_compressed(model):
             }
             assert all(shape == after for shape, after in held.values())
         else:
-            assert type(model.get_submodule(step.module)).__name__ in ("Factorized", "MPOLinear", "MPOConv")
+            assert isinstance(model.get_submodule(step.module), REPLACED[step.action])
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -300,7 +303,7 @@ def test_two_networks_and_no_forward_and_no_example(name, tmp_path):
     model = Two()
     points = [{"x": x, "y": y} for x, y in Points()]
     data: Any = DataLoader(points, batch_size=16)
-    if kind_of(name) == "KFE":  # there is no module whose output the loss is computed from
+    if kind_of(name) in ("KFE", "OptimalBrain"):  # there is no module whose output the loss is computed from
         with pytest.raises(ModelError, match=r"depends on more than the output of the last.*logits_module="):
             fit(model, make(name), tmp_path, data=data)
         return
@@ -330,7 +333,7 @@ def test_several_loaders(name, tmp_path):
             return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
 
     model = Several(example=False)
-    if kind_of(name) == "KFE":  # it takes the gradients of samples at the outputs, of which there are two
+    if kind_of(name) in ("KFE", "OptimalBrain"):  # it takes the gradients of samples at the outputs, of which there are two
         with pytest.raises(ModelError, match=r"calls 2 modules.*logits_module=.*loss_fn="):
             fit(model, make(name), tmp_path, data=several())
         return
@@ -383,7 +386,7 @@ def test_nothing_is_kept_alive_after_the_fit(name, tmp_path):
     weights = [weakref.ref(p) for p in model.parameters()]
     method = make(name)
     run = fit(model, method, tmp_path)
-    replaced = {step.module for step in plan_of(model).steps if step.action in ("factorize", "mpo")}
+    replaced = {step.module for step in plan_of(model).steps if step.action in REPLACED}
     alive = set(model.modules())
     del run
     gc.collect()
