@@ -133,7 +133,8 @@ class MPO(Compression):
 
     Args:
         params: Bound on the parameters of the model: share of the dense one (float) or a count (int).
-        flops: Bound on its multiply-adds for the example inputs, likewise.
+        flops: Bound on its multiply-adds for the example inputs, likewise. Bonds from which on a layer is faster by its dense weight are not taken, so
+            that less than the bound may be left.
         error: Share of its norm that each weight may lose, in [0, 1).
         bond: Bond between all cores, or bonds by name or glob of a layer; those larger than useful are lowered.
         cores: Cores of a linear layer, and of a convolution beside its kernel; at least 2.
@@ -339,7 +340,7 @@ class MPO(Compression):
         forms, values = self._forms(layers), {}
         for name, layer in layers.items():
             try:
-                values[name] = cut_values(tensor_of(layer, forms[name]))
+                values[name] = self._values(layer, forms[name])
             except ModelError as error:
                 raise ModelError(f"Layer {name!r}: {error}") from error
         if self.bounded is not None:
@@ -357,6 +358,12 @@ class MPO(Compression):
                 )
         unasked = set(forms) - set(chosen) - set(dense)
         return chosen, values, dense | dict.fromkeys(sorted(unasked), "bond= does not name it")
+
+    def _values(self, layer: DenseLayer, form: Form) -> list[Tensor]:
+        """Return the singular values at the cuts of a weight; from scratch all directions count alike."""
+        if self.mode == "scratch":
+            return [torch.ones(bond) for bond in useful_bonds(form.sizes)]
+        return cut_values(tensor_of(layer, form))
 
     def _at_target(self, layers: Mapping[str, DenseLayer], forms: Mapping[str, Form]) -> dict[str, Form]:
         """Return forms with the bonds that ``error`` or ``bond`` asks for."""

@@ -26,7 +26,7 @@ from lightning_prune.structure.spectrum import rank_for_energy, spectrum, trunca
 Way: TypeAlias = Literal["left", "right", "dense"]
 """How a layer contracts its cores with the input: from the first, from the last, or with each other first, to a dense weight."""
 
-MOVED = 32  # multiply-adds that take as long as writing and reading one element; 20 to 40 on processors with matrix units of their own
+MOVED = 128  # multiply-adds that take as long as one element of an intermediate result, written, read and its memory fetched; fitted on a processor
 _OBLONG = 2  # a factor may be so many times the ideal one before zero rows are the better way
 
 

@@ -1,7 +1,8 @@
 """A linear layer as a matrix product operator beside tensorly-torch's BlockTT of the same two cores; run with ``-m benchmark``.
 
 BlockTT contracts in two ways, core by core or by the dense weight, of which the user chooses one; the faster one for each case is what ours is
-held to. Paired: they take turns in one run, on one thread. ``pip install tensorly tensorly-torch`` for it; it is no dependency.
+held to. Paired: they take turns in one run, on one thread, whose own time is taken: other work on the machine does not count.
+``pip install tensorly tensorly-torch`` for it; it is no dependency.
 """
 
 import math
@@ -22,13 +23,13 @@ with warnings.catch_warnings():
 
 
 def seconds(layer, x, backward, repeats):
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(repeats):
         with torch.set_grad_enabled(backward):
             y = layer(x)
         if backward:
             y.sum().backward()
-    return (time.perf_counter() - start) / repeats
+    return (time.process_time() - start) / repeats
 
 
 @pytest.mark.benchmark
