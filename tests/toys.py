@@ -44,6 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "KFE-gradually": ("KFE", GRADUALLY),
     "KFE-official": ("KFE", {"official": True, "flops": 0.8}),
     "KFE-separable": ("KFE", {"separable": True}),
+    "MPO-squeezing": ("MPO", {"dimension_squeezing": True} | GRADUALLY),
     "Magnitude-gradually": ("Magnitude", GRADUALLY),
     "Magnitude-weights": ("Magnitude", WEIGHTS),
     "Magnitude-weights-gradually": ("Magnitude", WEIGHTS | GRADUALLY),

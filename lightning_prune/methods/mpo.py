@@ -133,8 +133,8 @@ class MPO(Compression):
 
     Args:
         params: Bound on the parameters of the model: share of the dense one (float) or a count (int).
-        flops: Bound on its multiply-adds for the example inputs, likewise. Bonds from which on a layer is faster by its dense weight are not taken, so
-            that less than the bound may be left.
+        flops: Bound on its multiply-adds for the example inputs, likewise. Bonds from which on a layer is faster by its dense weight are not taken,
+            so that less than the bound may be left.
         error: Share of its norm that each weight may lose, in [0, 1).
         bond: Bond between all cores, or bonds by name or glob of a layer; those larger than useful are lowered.
         cores: Cores of a linear layer, and of a convolution beside its kernel; at least 2.
@@ -453,8 +453,10 @@ class MPO(Compression):
             layer.weight.copy_(weight_from(cores, form, layer.weight.shape))
 
     def facts(self, module: nn.Module) -> dict[str, float]:
-        """Return the largest bond of every layer that is squeezed."""
-        return {f"bond/{name}": float(max(bonds)) for name, bonds in self._bonds.items()}
+        """Return how many layers are squeezed so far, and the largest bond of each."""
+        return {"squeezed_layers": len(self._bonds)} | {
+            f"bond/{name}": max(bonds) for name, bonds in self._bonds.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the shared state, the step of the last squeezing and its bonds."""
