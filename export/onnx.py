@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_prune.export.forms import Settings, Wish, choose
 from lightning_prune.export.graph import Graph, trace
 from lightning_prune.export.inputs import Inputs, read_inputs, read_outputs, widened
 from lightning_prune.export.numbers import check_numbers
@@ -25,7 +26,7 @@ from lightning_prune.export.onnxfile import KEY, VERSION, graph_digest, initiali
 from lightning_prune.export.optional import need, version_of
 from lightning_prune.export.outputs import Comparison, as_arrays, rounding
 from lightning_prune.export.quiet import quiet
-from lightning_prune.export.runtime import open_session
+from lightning_prune.export.runtime import Provider, open_session
 from lightning_prune.export.twin import cpu_twin, run, untouched_rng
 from torch import nn
 
@@ -45,6 +46,7 @@ OLDEST_OPSET = 17  # the exporter writes 18 and converts; some models come down 
 _MIN_EXTERNAL_BYTES = 1024
 _ALIGNMENT = 64
 _OTHER_BATCH = 5
+_THIN = ("factorize", "rotate", "mpo")  # actions after which nothing made from a layer's weights may grow
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
 
@@ -64,6 +66,7 @@ class ExportedFile:
         flops: Multiply-adds per example; None if they could not be counted.
         difference: Largest difference to torch, relative to the output's largest value; None if onnxruntime is not
             installed.
+        forms: The form of every layer that has several.
     """
 
     path: Path
@@ -76,6 +79,7 @@ class ExportedFile:
     numbers: int
     flops: float | None
     difference: float | None
+    forms: dict[str, str]
 
 
 def check_opset(opset: object) -> None:
@@ -103,6 +107,10 @@ def export_onnx(
     dynamic_batch: bool = True,
     provenance: Mapping[str, Any] | None = None,
     tolerance: float = 1e-5,
+    form: Wish = "auto",
+    provider: Provider = "auto",
+    batch_size: int | None = None,
+    threads: int | None = None,
 ) -> ExportedFile:
     """Write ``model`` as an ONNX file.
 
@@ -120,6 +128,12 @@ def export_onnx(
         dynamic_batch: Whether any number of examples can be fed; False fixes the example's.
         provenance: Whatever shall be known about the model later, in JSON types; versions are added.
         tolerance: Largest difference to torch, relative to the output's largest value, beyond what rounding explains.
+        form: Which of its exact forms (:mod:`lightning_prune.export.forms`) every factorized, rotated or tensorized layer takes in the file:
+            ``"auto"`` the one with the fewest multiply-adds for the example, ``"smallest"`` with the fewest numbers, ``"fastest"`` the one
+            that a clock finds fastest; a larger one only where it is faster by more than 5 %. Only of ``"fastest"`` the bytes may differ.
+        provider: Where ``"fastest"`` measures: ``"auto"`` takes CUDA where it loads, ``"cuda"`` the same, ``"cpu"`` never tries.
+        batch_size: At which batch it does; None takes 1, or the example's with ``dynamic_batch=False``.
+        threads: With how many threads; None takes the number of physical cores.
 
     Returns:
         What was written.
@@ -130,15 +144,18 @@ def export_onnx(
         RuntimeMissingError: If onnx or onnxscript is not installed.
     """
     check_opset(opset)
+    settings = Settings(form, provider, batch_size, threads)
     call = read_inputs(model, example_inputs)
     twin = cpu_twin(model)
     call = call.map(lambda tensor: tensor.detach().cpu().clone())
     traced = widened(call) if dynamic_batch else call
     names = list(read_outputs(run(twin, traced), traced.tensors, type(twin).__name__))
-    graph = trace(cpu_twin(twin), traced, names, opset, dynamic_batch)
+    formed, forms = choose(twin, call, settings, opset, dynamic_batch)
+    graph = trace(cpu_twin(formed), traced, names, opset, dynamic_batch)
     plan = plan_of(model)
-    check_numbers(graph.stored, twin, [step.module for step in plan.steps if step.action == "factorize"])
-    metadata = _metadata(twin, plan, call, provenance)
+    thin = [step.module for step in plan.steps if step.action in _THIN]
+    check_numbers(graph.stored, formed, {*thin, *forms.get("layers", ())})
+    metadata = _metadata(twin, plan, provenance) | {"flops": _flops(formed, call), "forms": forms}
     with _written(graph, metadata, Path(path)) as beside:
         _check(beside)
         batches = [traced, *([_perturbed(traced)] if dynamic_batch and traced.batch else [])]
@@ -155,10 +172,11 @@ def export_onnx(
         numbers=written.numbers,
         flops=written.flops,
         difference=difference,
+        forms={name: layer["form"] for name, layer in forms.get("layers", {}).items()},
     )
 
 
-def _metadata(twin: nn.Module, plan: Plan, call: Inputs, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+def _metadata(twin: nn.Module, plan: Plan, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
     versions = {name: version_of(name) for name in ("torch", "onnx", "onnxscript")}
     given = {"lightning_prune": lightning_prune.__version__, **versions, **(provenance or {})}
     try:
@@ -175,7 +193,6 @@ def _metadata(twin: nn.Module, plan: Plan, call: Inputs, provenance: Mapping[str
         "parameters": parameters,
         "unmasked": parameters - masked,
         "buffers": sum(buffer.numel() for buffer in twin.buffers()),
-        "flops": _flops(twin, call),
     }
 
 

@@ -1,0 +1,466 @@
+"""Exact forms of the layers that methods put in the place of dense ones, and the choice among them at export.
+
+A factorized, rotated or tensorized layer can be computed in several ways that differ in rounding only:
+
+- two or three thin layers in a row (:mod:`lightning_prune.structure.factorized`, :mod:`lightning_prune.structure.rotated`): as they are,
+  or neighbours merged into one layer, up to the dense one;
+- a matrix product operator (:mod:`lightning_prune.structure.mpo`): contracted from the first core on (``left``) or from the last
+  (``right``), either without transposing anything or (``transposed``) with one product of matrices per core and a transposition after
+  each; or the dense weight. Multiplying the cores anew in every call is no form of its own: runtimes do it once, when they load the file.
+
+Which is fastest depends on the sizes, the batch and the runtime, and fewer parameters are not fewer multiply-adds. So a layer is exported
+in the form with the fewest multiply-adds (``"auto"``), the fewest numbers (``"smallest"``), or the least time, measured (``"fastest"``).
+"""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from lightning_prune.export.graph import trace
+from lightning_prune.export.inputs import Inputs, read_inputs, widened
+from lightning_prune.export.latency import CLAIM, LatencySettings, speedup, time_round
+from lightning_prune.export.optional import need
+from lightning_prune.export.outputs import as_arrays
+from lightning_prune.export.runtime import Provider, load_onnxruntime, open_session
+from lightning_prune.export.twin import cpu_twin, run
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from lightning_prune.errors import OptionError
+from lightning_prune.structure.factorized import Factorized, dense_cost, positions
+from lightning_prune.structure.layers import DenseLayer, describe, is_plain, layer_from
+from lightning_prune.structure.mpo import MPO, MPOConv, MPOLinear
+from lightning_prune.structure.rotated import Rotated
+from lightning_prune.structure.tensor_train import Form, Way
+
+Wish: TypeAlias = Literal["auto", "fastest", "smallest"]
+Spec: TypeAlias = Mapping[str, Any]
+Times: TypeAlias = Mapping[str, Any]  # milliseconds by name of the form, ``[runs]``
+
+WISHES: tuple[Wish, ...] = get_args(Wish)
+REASONS: dict[Wish, str] = {"auto": "fewest multiply-adds", "smallest": "fewest numbers", "fastest": "measured"}
+_HOPELESS = 2.0  # a form that needs so many times the least time at first sight is not timed further
+_SIGHT = (2, 3)  # calls before, and timed calls of, the first sight
+_RUNS = (20, 200)  # least and most timed calls
+_MILLISECONDS = 200.0  # to spend on the timed calls of one layer, if the least number allows
+
+
+class Variant(NamedTuple):
+    """One form of a layer.
+
+    Attributes:
+        name: Such as ``"left"`` or ``"dense"``.
+        numbers: Parameters that it stores.
+        flops: Multiply-adds for an input of a shape.
+        build: Makes the layer; shares what it can with the one it was made from.
+    """
+
+    name: str
+    numbers: int
+    flops: Callable[[Sequence[int]], int]
+    build: Callable[[], nn.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    Attributes:
+        form: ``"auto"``, ``"fastest"`` or ``"smallest"``.
+        provider: Where ``"fastest"`` measures.
+        batch_size: At which batch it does; None takes 1, or the example's where the batch is fixed.
+        threads: Threads inside an operator; None takes the number of physical cores.
+
+    Raises:
+        OptionError: If a value is not allowed, or says how to measure where nothing is.
+    """
+
+    form: Wish = "auto"
+    provider: Provider = "auto"
+    batch_size: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in WISHES:
+            raise OptionError(f"form is one of {', '.join(map(repr, WISHES))}; got {self.form!r}.")
+        if self.provider not in get_args(Provider):
+            raise OptionError(f"provider is 'auto', 'cpu' or 'cuda'; got {self.provider!r}.")
+        if type(self.batch_size) not in (int, type(None)) or (self.batch_size is not None and self.batch_size < 1):
+            raise OptionError(f"batch_size is a whole number of at least 1, or None; got {self.batch_size!r}.")
+        LatencySettings(threads=self.threads)
+        if self.form != "fastest" and (self.provider, self.batch_size, self.threads) != ("auto", None, None):
+            raise OptionError(
+                f"provider, batch_size and threads say how form='fastest' measures; form={self.form!r} asks no clock. Leave them out."
+            )
+
+
+def choose(
+    twin: nn.Module, call: Inputs, settings: Settings, opset: int | None = None, dynamic_batch: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Give every layer that has several forms the one that was asked for.
+
+    Layers that the call does not reach, and those with hooks, stay as they are.
+
+    Args:
+        twin: What :func:`lightning_prune.export.twin.cpu_twin` returned; left as it is.
+        call: The example.
+        settings: What was asked for.
+        opset: Version of the operator set of files that are timed.
+        dynamic_batch: Whether their batch is free.
+
+    Returns:
+        A copy of the model, and what was chosen in JSON types: ``asked``, ``why``, ``layers`` with ``form`` and, of every ``forms``, ``numbers``,
+        ``flops`` (for the example) and ``ms``; of ``"fastest"`` also ``provider``, ``batch`` and ``threads``. Empty if no layer has several forms.
+
+    Raises:
+        ExportError: If a form cannot be exported or run.
+        OptionError: If ``batch_size`` is not the batch of an example whose batch is fixed.
+        RuntimeMissingError: If ``"fastest"`` finds no onnxruntime.
+    """
+    formed = cpu_twin(twin)
+    layers = {name: layer for name, layer in formed.named_modules() if name and forms_of(layer)}
+    if not layers:
+        return formed, {}
+    seen = _seen(formed, layers, call)
+    record: dict[str, Any] = {"asked": settings.form, "why": REASONS[settings.form]}
+    found = {name: _costs(layers[name], inputs) for name, inputs in seen.items()}
+    if settings.form == "fastest":
+        chosen = _measured(formed, layers, call, settings, opset, dynamic_batch, found, record)
+    else:
+        chosen = {name: _cheapest(forms, settings.form) for name, forms in found.items()}
+    record["layers"] = {name: {"form": chosen[name], "forms": found[name]} for name in found}
+    built = {id(layers[name]): _variant(layers[name], form).build() for name, form in chosen.items()}
+    for name, layer in list(formed.named_modules(remove_duplicate=False)):
+        if id(layer) in built:
+            formed.set_submodule(name, built[id(layer)])
+    return formed.eval().requires_grad_(False), record
+
+
+def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what :func:`choose` recorded as a table: one row per form of each layer, the chosen one first."""
+    table = []
+    for layer, entry in record.get("layers", {}).items():
+        for form in dict.fromkeys([entry["form"], *entry["forms"]]):
+            chosen = record["why"] if form == entry["form"] else ""
+            table.append({"layer": layer, "form": form, **entry["forms"][form], "chosen": chosen})
+    return table
+
+
+def forms_of(layer: nn.Module) -> list[Variant]:
+    """Return the forms of a layer, as it is first; none of a layer that has a single one, or hooks.
+
+    Args:
+        layer: Any module.
+    """
+    if any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules()):
+        return []
+    if type(layer) in (MPOLinear, MPOConv):
+        return _contractions(layer)  # type: ignore[arg-type]
+    parts = dict(layer.named_children())
+    if type(layer) in (Factorized, Rotated) and len(parts) > 1 and all(map(is_plain, parts.values())):
+        return _merges(parts)  # type: ignore[arg-type]
+    return []
+
+
+@torch.no_grad()
+def merge(first: DenseLayer, second: DenseLayer) -> DenseLayer:
+    """Multiply two layers in a row to one, in float64, rounded once.
+
+    Args:
+        first: A plain Linear or convolution; a convolution without bias.
+        second: Likewise; along each axis one of the two has a kernel of 1 and neither stride nor padding.
+    """
+    layer = layer_from(merged_spec(describe(first), describe(second)), dtype=first.weight.dtype)
+    groups = getattr(layer, "groups", 1)
+    one, two = (_blocks(part, groups) for part in (first, second))
+    layer.weight.copy_(torch.einsum("gnrq,grcp->gncpq", two, one).reshape(layer.weight.shape))
+    if layer.bias is not None:
+        bias = torch.zeros_like(layer.bias, dtype=torch.float64) if second.bias is None else second.bias.double()
+        layer.bias.copy_(bias if first.bias is None else bias + second.weight.double() @ first.bias.double())
+    return layer
+
+
+def merged_spec(first: Spec, second: Spec) -> dict[str, Any]:
+    """Describe the layer that two layers in a row merge to (:func:`merge`)."""
+    spec = {**first, "out": second["out"], "bias": first["bias"] or second["bias"]}
+    if "kernel" not in first:
+        return spec
+    for key in ("kernel", "stride", "dilation"):
+        spec[key] = [one * two for one, two in zip(first[key], second[key], strict=True)]
+    paddings = (first["padding"], second["padding"])
+    spec["padding"] = next((p for p in paddings if isinstance(p, str)), None) or list(
+        map(sum, zip(*paddings, strict=True))
+    )
+    spec["padding_mode"] = max(first["padding_mode"], second["padding_mode"], key=lambda mode: mode != "zeros")
+    spec["groups"] = first["groups"] if first["groups"] == second["groups"] else 1
+    return spec
+
+
+def _blocks(layer: DenseLayer, groups: int) -> Tensor:
+    """Return a weight as ``[groups, N / groups, C / groups, K]``, float64; zeros between groups of its own are filled in."""
+    weight = layer.weight.double().flatten(2) if layer.weight.ndim > 2 else layer.weight.double()[..., None]
+    own = getattr(layer, "groups", 1)
+    blocks = weight.reshape(own, -1, *weight.shape[1:])
+    if own == groups:
+        return blocks
+    full = blocks.new_zeros(own, blocks.shape[1], own, *blocks.shape[2:])
+    full[torch.arange(own), :, torch.arange(own)] = blocks
+    return full.reshape(1, len(weight), -1, weight.shape[2])
+
+
+def _merges(parts: Mapping[str, DenseLayer]) -> list[Variant]:
+    """List the ways to merge neighbours of a chain: none, some, all."""
+    found = []
+    for cuts in itertools.product((True, False), repeat=len(parts) - 1):
+        runs: list[list[str]] = [[next(iter(parts))]]
+        for cut, name in zip(cuts, list(parts)[1:], strict=True):
+            runs = [*runs, [name]] if cut else [*runs[:-1], [*runs[-1], name]]
+        specs = [functools.reduce(merged_spec, [describe(parts[name]) for name in names]) for names in runs]
+        name = "factors" if all(cuts) else "dense" if not any(cuts) else ", ".join(" x ".join(names) for names in runs)
+        build = functools.partial(_merged, parts, runs)
+        found.append(Variant(name, sum(map(_size, specs)), functools.partial(_chain_flops, specs), build))
+    return found
+
+
+def _merged(parts: Mapping[str, DenseLayer], runs: list[list[str]]) -> nn.Module:
+    layers = [functools.reduce(merge, [parts[name] for name in names]) for names in runs]
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def _chain_flops(specs: Sequence[Spec], shape: Sequence[int]) -> int:
+    x, total = torch.empty(tuple(shape), device="meta"), 0
+    for spec in specs:
+        layer = layer_from(spec, device="meta")
+        given, x = x, layer(x)
+        total += dense_cost(layer, [(given.shape, x.shape)]).flops
+    return total
+
+
+def _size(spec: Spec) -> int:
+    return sum(parameter.numel() for parameter in layer_from(spec, device="meta").parameters())
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneWay(Form):
+    """Sizes of a matrix product operator that is contracted in one way, whatever it costs."""
+
+    fixed: Way = "left"
+
+    def way(self, outer: int = 1, inner: int | None = None, allowed: Sequence[Way] = ()) -> Way:
+        """Return that way."""
+        return self.fixed
+
+
+class _Transposed(MPO):
+    """Contracts by one product of matrices per core, and brings the next mode to the front by a transposition."""
+
+    def _left(self, z: Tensor, pixels: int = 1) -> Tensor:
+        z = z.reshape(-1, self.form.columns * pixels).T  # [I P, B]
+        cores = list(self.cores)[: len(self.form.inputs)]
+        for core in cores:
+            out, right, left, inner = core.shape
+            z = core.reshape(out * right, left * inner) @ z.reshape(left * inner, -1)
+            z = z.reshape(out, -1).T
+        return z.reshape(cores[-1].shape[1], pixels, -1, self.form.rows).permute(2, 3, 0, 1)
+
+    def _right(self, z: Tensor, pixels: int = 1) -> Tensor:
+        cores = list(self.cores)[: len(self.form.inputs)][::-1]
+        z = z.reshape(-1, self.form.columns * cores[0].shape[1], pixels).permute(2, 0, 1)  # [P, B, I D]
+        for core in cores:
+            out, right, left, inner = core.shape
+            matrix = core.permute(3, 1, 0, 2).reshape(inner * right, out * left)
+            z = (z.reshape(-1, inner * right) @ matrix).reshape(-1, out, left).transpose(0, 1)
+        return z.reshape(self.form.rows, pixels, -1).permute(2, 0, 1)
+
+
+class _TransposedLinear(_Transposed, MPOLinear):
+    pass
+
+
+class _TransposedConv(_Transposed, MPOConv):
+    pass
+
+
+def _contractions(layer: MPOLinear | MPOConv) -> list[Variant]:
+    numbers = sum(parameter.numel() for parameter in layer.parameters())
+    spec = _dense_spec(layer)
+    found = [
+        Variant(
+            f"{way}, transposed" if transposed else way,
+            numbers,
+            functools.partial(_mpo_flops, layer.form, spec, way),
+            functools.partial(_contracted, layer, way, transposed),
+        )
+        for transposed in (False, True)
+        for way in ("left", "right")
+    ]
+    return [
+        *found,
+        Variant("dense", _size(spec), functools.partial(_chain_flops, [spec]), functools.partial(_dense, layer)),
+    ]
+
+
+def _contracted(layer: MPOLinear | MPOConv, way: Way, transposed: bool) -> nn.Module:
+    kinds = (_TransposedLinear, _TransposedConv) if transposed else (MPOLinear, MPOConv)
+    like: Any = layer_from(_dense_spec(layer), device="meta", dtype=layer.cores[0].dtype)
+    small = kinds[isinstance(layer, MPOConv)](like, _OneWay(**vars(layer.form), fixed=way))
+    small.cores, small.bias = layer.cores, layer.bias
+    return small
+
+
+@torch.no_grad()
+def _dense(layer: MPOLinear | MPOConv) -> nn.Module:
+    dense = layer_from(_dense_spec(layer), dtype=layer.cores[0].dtype)
+    dense.weight.copy_(copy.deepcopy(layer).double().dense_weight())
+    if dense.bias is not None and layer.bias is not None:
+        dense.bias.copy_(layer.bias)
+    return dense
+
+
+def _dense_spec(layer: MPOLinear | MPOConv) -> dict[str, Any]:
+    """Describe the dense layer that a matrix product operator stands for."""
+    ends: dict[str, Any] = {"in": layer.weight_shape[1], "out": layer.weight_shape[0], "bias": layer.bias is not None}
+    if isinstance(layer, MPOLinear):
+        return {"type": "Linear", **ends}
+    padding = layer.padding if isinstance(layer.padding, str) else list(layer.padding)
+    sizes = {"kernel": list(layer.kernel_size), "stride": list(layer.stride), "dilation": list(layer.dilation)}
+    return {
+        "type": layer.kind.__name__,
+        **ends,
+        **sizes,
+        "padding": padding,
+        "groups": 1,
+        "padding_mode": layer.padding_mode,
+    }
+
+
+def _mpo_flops(form: Form, spec: Spec, way: Way, shape: Sequence[int]) -> int:
+    dense = layer_from(spec, device="meta")
+    output = dense(torch.empty(tuple(shape), device="meta")).shape
+    return form.multiply_adds(positions(dense, output), positions(dense, shape))[way]
+
+
+def _costs(layer: nn.Module, inputs: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
+    """Return what every form of a layer costs in all calls together."""
+    return {
+        form.name: {"numbers": form.numbers, "flops": sum(form.flops(x.shape) for x in inputs), "ms": None}
+        for form in forms_of(layer)
+    }
+
+
+def _cheapest(forms: Mapping[str, Mapping[str, Any]], wish: Wish) -> str:
+    keys = ("flops", "numbers") if wish == "auto" else ("numbers", "flops")
+    return min(forms, key=lambda form: [forms[form][key] for key in keys])
+
+
+def _variant(layer: nn.Module, name: str) -> Variant:
+    return next(form for form in forms_of(layer) if form.name == name)
+
+
+def _seen(model: nn.Module, layers: Mapping[str, nn.Module], call: Inputs) -> dict[str, list[Tensor]]:
+    """Return the inputs of every call of the layers; of those that are called."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(name: str, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault(name, []).append(next(iter((*args, *kwargs.values()))))
+
+    hooks = [
+        layer.register_forward_pre_hook(functools.partial(note, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        run(model, call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: seen[name] for name in layers if name in seen}
+
+
+def _measured(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    call: Inputs,
+    settings: Settings,
+    opset: int | None,
+    dynamic_batch: bool,
+    found: dict[str, dict[str, dict[str, Any]]],
+    record: dict[str, Any],
+) -> dict[str, str]:
+    """Time every form of distinct layers, note the milliseconds in ``found`` and where they were measured in ``record``."""
+    load_onnxruntime()
+    batch = _batch(call, settings, dynamic_batch)
+    inputs = _seen(model, layers, call.resized(batch))
+    known: dict[Any, tuple[str, dict[str, float]]] = {}
+    chosen = {}
+    quiet = not sys.stderr.isatty()
+    for name in track(inputs, "Timing forms", console=Console(stderr=True), transient=True, disable=quiet):
+        x = max(inputs[name], key=torch.Tensor.numel)
+        layer = layers[name]
+        forms = sorted(forms_of(layer), key=lambda form: form.numbers)
+        key = (repr(layer), isinstance(layer, MPOConv) and repr(_dense_spec(layer)), x.shape, x.dtype)
+        if key not in known:
+            runs, ran = _sessions(forms, x, settings, opset, dynamic_batch)
+            record |= {"provider": ran["provider"], "batch": batch, "threads": ran["threads"]}
+            known[key] = _fastest(runs)
+        chosen[name], times = known[key]
+        for form, milliseconds in times.items():
+            found[name][form]["ms"] = round(milliseconds, 6)
+    return chosen
+
+
+def _batch(call: Inputs, settings: Settings, dynamic_batch: bool) -> int:
+    fixed = None if dynamic_batch and call.batch else call.batch or 1
+    if fixed and settings.batch_size not in (None, fixed):
+        raise OptionError(
+            f"batch_size={settings.batch_size}: the batch of this file is fixed at {fixed}, that of the example. Leave it out or give dynamic_batch."
+        )
+    return fixed or settings.batch_size or 1
+
+
+def _sessions(
+    forms: Sequence[Variant], x: Tensor, settings: Settings, opset: int | None, dynamic_batch: bool
+) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+    """Export every form as a file of one layer; return what runs it on ``x``, and where."""
+    onnx = need("onnx", "Exporting to ONNX")
+    runs, ran = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, form in enumerate(forms):
+            layer = form.build().eval().requires_grad_(False)
+            call = read_inputs(layer, x)
+            free = dynamic_batch and x.ndim > 1
+            graph = trace(layer, widened(call) if free else call, ["output"], opset, free)
+            path = Path(folder) / f"{number}.onnx"
+            onnx.save_model(graph.proto, path, save_as_external_data=True, location=f"{number}.data")
+            session = open_session(path, settings.provider, threads=settings.threads)
+            runs[form.name] = session.bind(as_arrays(call.tensors))
+            ran = {"provider": session.provider, "threads": session.settings["intra_op_threads"]}
+    return runs, ran
+
+
+def _fastest(runs: Mapping[str, Callable[[], object]]) -> tuple[str, dict[str, float]]:
+    """Time forms, smallest first, in turn; a later one must be claimed faster than an earlier one.
+
+    Returns:
+        The form, and the median milliseconds of all.
+    """
+    sight = time_round(runs, *_SIGHT)
+    bound = _HOPELESS * min(times.min() for times in sight.values())
+    race = {name: runs[name] for name, times in sight.items() if times.min() <= bound}
+    spent = sum(float(statistics.median(sight[name])) for name in race)
+    least, most = _RUNS
+    times = time_round(race, 0, min(most, max(least, math.ceil(_MILLISECONDS / max(spent, 1e-6)))))
+    best = next(iter(race))
+    for name in race:
+        if name != best and speedup([times[best]], [times[name]])["low"] > 1 + CLAIM:
+            best = name
+    return best, {name: float(statistics.median({**sight, **times}[name])) for name in runs}
