@@ -333,7 +333,10 @@ def test_several_loaders(name, tmp_path):
             return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
 
     model = Several(example=False)
-    if kind_of(name) in ("KFE", "OptimalBrain"):  # it takes the gradients of samples at the outputs, of which there are two
+    if kind_of(name) in (
+        "KFE",
+        "OptimalBrain",
+    ):  # it takes the gradients of samples at the outputs, of which there are two
         with pytest.raises(ModelError, match=r"calls 2 modules.*logits_module=.*loss_fn="):
             fit(model, make(name), tmp_path, data=several())
         return
