@@ -5,7 +5,8 @@ any other optimizer it is decoupled: ``w <- (1 - lr lambda) w`` after the step, 
 
 What is penalized is what writes a unit: its filters, and with ``norms`` also its bias and the scale and shift of its normalization. Weights that read
 the unit are not: once nothing is written, nothing is read. Without ``norms``, as in the papers, batch normalization would scale ever smaller
-filters up again, so that removal changes the model (a filter at 1/100 of its size still gives 95 % of its output at unit variance).
+filters up again, so that removal changes the model (a filter at 1/100 of its size still gives 95 % of its output at unit variance). Of columns of
+weights, which no normalization follows, the weights are penalized and nothing else.
 """
 
 import dataclasses

@@ -454,9 +454,8 @@ class MPO(Compression):
 
     def facts(self, module: nn.Module) -> dict[str, float]:
         """Return how many layers are squeezed so far, and the largest bond of each."""
-        return {"squeezed_layers": len(self._bonds)} | {
-            f"bond/{name}": max(bonds) for name, bonds in self._bonds.items()
-        }
+        bonds = {f"bond/{name}": float(max(bonds)) for name, bonds in self._bonds.items()}
+        return {"squeezed_layers": float(len(bonds))} | bonds
 
     def state_dict(self) -> dict[str, Any]:
         """Return the shared state, the step of the last squeezing and its bonds."""
