@@ -49,6 +49,7 @@ Times: TypeAlias = Mapping[str, Any]  # milliseconds by name of the form, ``[run
 
 WISHES: tuple[Wish, ...] = get_args(Wish)
 REASONS: dict[Wish, str] = {"auto": "fewest multiply-adds", "smallest": "fewest numbers", "fastest": "measured"}
+DECIDES: dict[Wish, tuple[str, str]] = {"auto": ("flops", ""), "smallest": ("numbers", ""), "fastest": ("ms", " ms")}
 _HOPELESS = 2.0  # a form that needs so many times the least time at first sight is not timed further
 _SIGHT = (2, 3)  # calls before, and timed calls of, the first sight
 _RUNS = (20, 200)  # least and most timed calls
@@ -147,13 +148,22 @@ def choose(
 
 
 def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what :func:`choose` recorded as a table: one row per form of each layer, the chosen one first."""
+    """Return what :func:`choose` recorded as a table, a row per layer: what was chosen, and what decided against the others."""
     table = []
     for layer, entry in record.get("layers", {}).items():
-        for form in dict.fromkeys([entry["form"], *entry["forms"]]):
-            chosen = record["why"] if form == entry["form"] else ""
-            table.append({"layer": layer, "form": form, **entry["forms"][form], "chosen": chosen})
+        key, unit = DECIDES[record["asked"]]
+        others = {form: cost[key] for form, cost in entry["forms"].items() if form != entry["form"]}
+        told = "; ".join(f"{form} {value:,g}{unit}" for form, value in sorted(others.items(), key=lambda item: item[1]))
+        table.append({"layer": layer, "form": entry["form"], **entry["forms"][entry["form"]], "others": told})
     return table
+
+
+def explain(record: Mapping[str, Any]) -> str:
+    """Return in one sentence how the forms were chosen."""
+    where = (
+        f" on {record['provider']}, batch {record['batch']}, threads {record['threads']}" if "batch" in record else ""
+    )
+    return f"Forms of layers: {record['why']}{where}."
 
 
 def forms_of(layer: nn.Module) -> list[Variant]:
@@ -430,21 +440,49 @@ def _batch(call: Inputs, settings: Settings, dynamic_batch: bool) -> int:
 def _sessions(
     forms: Sequence[Variant], x: Tensor, settings: Settings, opset: int | None, dynamic_batch: bool
 ) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
-    """Export every form as a file of one layer; return what runs it on ``x``, and where."""
+    """Export every form as a file of one layer, all by one trace; return what runs it on ``x``, and where."""
     onnx = need("onnx", "Exporting to ONNX")
+    together = _Together(forms).eval().requires_grad_(False)
+    call, free = read_inputs(together, x), dynamic_batch and x.ndim > 1
+    names = [f"form_{number}" for number in range(len(forms))]
+    proto = trace(together, widened(call) if free else call, names, opset, free).proto
     runs, ran = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, form in enumerate(forms):
-            layer = form.build().eval().requires_grad_(False)
-            call = read_inputs(layer, x)
-            free = dynamic_batch and x.ndim > 1
-            graph = trace(layer, widened(call) if free else call, ["output"], opset, free)
-            path = Path(folder) / f"{number}.onnx"
-            onnx.save_model(graph.proto, path, save_as_external_data=True, location=f"{number}.data")
+        for name, form in zip(names, forms, strict=True):
+            path = Path(folder) / f"{name}.onnx"
+            onnx.save_model(_part(proto, name), path, save_as_external_data=True, location=f"{name}.data")
             session = open_session(path, settings.provider, threads=settings.threads)
             runs[form.name] = session.bind(as_arrays(call.tensors))
             ran = {"provider": session.provider, "threads": session.settings["intra_op_threads"]}
     return runs, ran
+
+
+class _Together(nn.Module):
+    """All forms of a layer side by side."""
+
+    def __init__(self, forms: Sequence[Variant]) -> None:
+        super().__init__()
+        self.forms = nn.ModuleList(form.build() for form in forms)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(form(x) for form in self.forms)
+
+
+def _part(proto: Any, output: str) -> Any:
+    """Return the part of a model that computes one of its outputs."""
+    helper = need("onnx", "Exporting to ONNX").helper
+    nodes: list[Any] = []
+    wanted = {output}
+    for node in reversed(proto.graph.node):
+        if wanted & set(node.output):
+            nodes.insert(0, node)
+            wanted |= set(node.input)
+    outputs = [value for value in proto.graph.output if value.name == output]
+    weights = [tensor for tensor in proto.graph.initializer if tensor.name in wanted]
+    graph = helper.make_graph(nodes, output, proto.graph.input, outputs, weights)
+    return helper.make_model(
+        graph, opset_imports=proto.opset_import, ir_version=proto.ir_version, functions=proto.functions
+    )
 
 
 def _fastest(runs: Mapping[str, Callable[[], object]]) -> tuple[str, dict[str, float]]:

@@ -1,8 +1,8 @@
 """Read what an ONNX file says about itself, without running it: ports, opset, numbers stored, plan, provenance.
 
 Our metadata is one entry, ``lightning_prune``, of the model's ``metadata_props``: JSON with ``version``, ``plan`` (the
-plan's JSON), ``provenance``, ``parameters``, ``buffers``, ``flops`` (total, batch of the example) and ``graph``
-(SHA-256 of everything but the metadata).
+plan's JSON), ``provenance``, ``parameters``, ``buffers``, ``flops`` (total, batch of the example), ``forms``
+(:func:`lightning_prune.export.forms.choose`) and ``graph`` (SHA-256 of everything but the metadata).
 """
 
 import dataclasses

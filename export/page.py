@@ -68,6 +68,10 @@ def _tables(report: Report) -> Iterable[tuple[str, Sequence[str], list[Sequence[
         layers = [{**row, "kept": "" if row["kept"] is None else f"{row['kept']:.1%}"} for row in report.layers]
         head = ("layer", "action", "before", "after", "kept", "reason")
         yield "Layers", head, _cells(layers, head)
+    if report.forms:
+        head = ("layer", "form", "numbers", "multiply-adds", "ms", "other forms")
+        forms = [{**row, "ms": "" if row["ms"] is None else row["ms"]} for row in report.forms]
+        yield "Forms of the layers", head, _cells(forms, ("layer", "form", "numbers", "flops", "ms", "others"))
     facts = {**report.data, **report.machine, **{f"provider {key}": value for key, value in report.provider.items()}}
     yield "Data, machine and runtime", ("", ""), [(key.replace("_", " "), show(value)) for key, value in facts.items()]
 

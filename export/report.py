@@ -34,6 +34,7 @@ class Report:
         latency: Per batch size ``batch``, ``compact``, ``dense``, ``speedup`` (:mod:`lightning_prune.export.latency`).
         gates: ``name``, ``limit``, ``value``, ``passed``.
         layers: Rows of the plan: ``layer action before after kept reason``.
+        forms: Which exact form each layer has in the compact file (:func:`lightning_prune.export.forms.rows`).
         data: ``examples``, ``batches``, ``agreement`` (equal argmax of dense and compact).
         exhibits: What methods have to show: ``title``, ``text``, ``rows``, ``picture`` (PNG in base64, or None).
         extra: Whatever was handed over: recipe, provenance.
@@ -55,6 +56,7 @@ class Report:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     exhibits: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    forms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     version: int = VERSION
 
     def to_json(self) -> str:

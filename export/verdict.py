@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_prune.export.forms import explain, rows
 from lightning_prune.export.machine import describe_machine
 from lightning_prune.export.metrics import TaskMetric
 from lightning_prune.export.onnxfile import OnnxFile
@@ -70,11 +71,13 @@ def judge(
     failures += [
         f"gate {g['name']} {g['limit']} is missed: measured {g['value']:.4g}" for g in checked if not g["passed"]
     ]
-    plan = files["compact"].plan
+    plan, forms = files["compact"].plan, files["compact"].metadata.get("forms") or {}
     return Report(
         passed=not failures,
         failures=failures,
-        notes=_notes(session, asked, model is not None, measured) + _left_out(files),
+        notes=_notes(session, asked, model is not None, measured)
+        + _left_out(files)
+        + ([explain(forms)] if forms else []),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         provider={
             "requested": asked.provider,
@@ -90,6 +93,7 @@ def judge(
         latency=measured,
         gates=checked,
         layers=plan.rows() if plan is not None else [],
+        forms=rows(forms),
         data={
             "examples": seen.examples,
             "batches": seen.batches,

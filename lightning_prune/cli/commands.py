@@ -48,8 +48,11 @@ def export(options: Any, overrides: Overrides) -> int:
     """Write the model of a checkpoint as an ONNX file; return the exit code."""
     from lightning_prune.checkpoint import plan_in, read_checkpoint
     from lightning_prune.export import export_onnx
+    from lightning_prune.export.forms import Settings
     from lightning_prune.recipe import runner
 
+    chosen = {name: options[name] for name in ("form", "provider", "batch_size", "threads")}
+    Settings(**chosen)
     specs = _class_specs(options, overrides)
     if not options.dense and plan_in(read_checkpoint(options.checkpoint)["state_dict"]) is None:
         raise CheckpointError(
@@ -63,9 +66,10 @@ def export(options: Any, overrides: Overrides) -> int:
         raise OptionError(
             f"{type(model).__name__} has no example_input_array. Give --data pkg.mod.DataModule for example inputs."
         )
-    written = export_onnx(model, options.output, example, opset=options.opset)
+    written = export_onnx(model, options.output, example, opset=options.opset, **chosen)
+    told = "".join(f", {name} as {form}" for name, form in written.forms.items())
     _console().print(
-        f"{written.parameters:,} parameters, {written.bytes:,} bytes, opset {written.opset}", highlight=False
+        f"{written.parameters:,} parameters, {written.bytes:,} bytes, opset {written.opset}{told}", highlight=False
     )
     _last_line(written.path)
     return PASSED
@@ -158,6 +162,8 @@ def inspect(options: Any, overrides: Overrides) -> int:
     console.print(plan.table(title=str(path)))
     share = f" of {dense['parameters']:,} ({facts['parameters'] / dense['parameters']:.1%})" if dense else ""
     console.print(f"{facts['parameters']:,} parameters{share}, {len(plan.steps)} changes", highlight=False)
+    if facts.get("forms"):
+        console.print(_form_table(facts["forms"]))
     return PASSED
 
 
@@ -279,6 +285,21 @@ def _training_loader(data: Any) -> Any:
         return data.train_dataloader()
 
 
+def _form_table(record: Mapping[str, Any]) -> Any:
+    """Return the forms of layers in an ONNX file as a table."""
+    from rich.table import Table
+
+    from lightning_prune.export.forms import explain, rows
+
+    table = Table(title=explain(record))
+    for name in ("layer", "form", "numbers", "multiply-adds", "ms", "other forms"):
+        table.add_column(name, justify="right" if name in ("numbers", "multiply-adds", "ms") else "left")
+    for row in rows(record):
+        time = "" if row["ms"] is None else f"{row['ms']:,g}"
+        table.add_row(row["layer"], row["form"], f"{row['numbers']:,}", f"{row['flops']:,}", time, row["others"])
+    return table
+
+
 def _onnx_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:
     from lightning_prune.export import read_onnx
 
@@ -290,7 +311,7 @@ def _onnx_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:
         "bytes": file.bytes,
         "flops_per_example": file.flops,
     }
-    return facts | {"provenance": file.metadata.get("provenance", {})}, file.plan
+    return facts | {key: file.metadata.get(key) or {} for key in ("forms", "provenance")}, file.plan
 
 
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:

@@ -37,7 +37,8 @@ examples:
 
 examples:
   lightning-prune export small.ckpt --model pkg.mod.LitNet --output small.onnx
-  lightning-prune export dense.ckpt --model pkg.mod.LitNet --output dense.onnx --dense""",
+  lightning-prune export dense.ckpt --model pkg.mod.LitNet --output dense.onnx --dense
+  lightning-prune export small.ckpt --model pkg.mod.LitNet --output small.onnx --form fastest --provider cpu --batch-size 16""",
     "validate": """Arguments of the classes: --model.init_args.width 64, --data.init_args.batch_size 32.
 
 examples:
@@ -136,6 +137,17 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     export.add_argument("--dense", action="store_true", help="the checkpoint holds a dense model, without a plan")
     export.add_argument("--opset", type=int, help="version of the ONNX operator set (default: the exporter's)")
+    export.add_argument(
+        "--form",
+        type=str,
+        default="auto",
+        help="form of layers in factors: auto (fewest multiply-adds), smallest, or fastest, which measures (default: auto)",
+    )
+    export.add_argument(
+        "--provider", type=str, default="auto", help="where fastest measures: auto, cpu or cuda (default: auto)"
+    )
+    export.add_argument("--batch-size", type=int, help="at which batch fastest measures (default: 1)")
+    export.add_argument("--threads", type=int, help="with how many threads (default: physical cores)")
     commands.add_subcommand("export", export, help="checkpoint to ONNX file")
 
     validate = _command("Run an ONNX file beside the dense one and beside torch, and write a report.", "validate")

@@ -161,10 +161,17 @@ def validate_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_export(arguments: Mapping[str, Any]) -> None:
     from lightning_prune.export import export_onnx
+    from lightning_prune.export.forms import Settings
     from lightning_prune.export.onnx import check_opset
     from lightning_prune.export.optional import need
+    from lightning_prune.export.runtime import load_onnxruntime
 
-    objects.checked(export_onnx, arguments, "export", EXPORT_SKIP)
+    found = objects.checked(export_onnx, arguments, "export", EXPORT_SKIP)
+    settings = Settings(
+        **{name: found[name] for name in ("form", "provider", "batch_size", "threads") if name in found}
+    )
+    if settings.form == "fastest":
+        load_onnxruntime()
     need("onnxscript", "Exporting to ONNX")
     check_opset(arguments.get("opset"))
 

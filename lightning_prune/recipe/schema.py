@@ -11,7 +11,7 @@
         fit: {max_epochs: 8}           arguments of the Trainer in this stage, over those of `trainer`
         init_args: {lr: 0.01}          arguments of the model in this stage, over those of `model`
         methods: [{TRP: {flops: 0.5}}] names from `lightning_prune.methods`
-    export: {opset: 20}                arguments of export_onnx; null: no export and no validation
+    export: {form: fastest}            arguments of export_onnx; null: no export and no validation
     validate: {metric: accuracy}       arguments of validate_onnx; null: no validation
 
 Whatever can be written in the file can be set by its dotted path on the command line.
