@@ -287,16 +287,18 @@ def _training_loader(data: Any) -> Any:
 
 def _form_table(record: Mapping[str, Any]) -> Any:
     """Return the forms of layers in an ONNX file as a table."""
+    from rich.markup import escape
     from rich.table import Table
 
     from lightning_prune.export.forms import explain, rows
 
-    table = Table(title=explain(record))
+    table = Table(title=escape(explain(record)))
     for name in ("layer", "form", "numbers", "multiply-adds", "ms", "other forms"):
         table.add_column(name, justify="right" if name in ("numbers", "multiply-adds", "ms") else "left")
     for row in rows(record):
         time = "" if row["ms"] is None else f"{row['ms']:,g}"
-        table.add_row(row["layer"], row["form"], f"{row['numbers']:,}", f"{row['flops']:,}", time, row["others"])
+        cells = (row["layer"], row["form"], f"{row['numbers']:,}", f"{row['flops']:,}", time, row["others"])
+        table.add_row(*map(escape, cells))
     return table
 
 
