@@ -17,11 +17,12 @@ from lightning_prune.callback.task import Task
 from lightning_prune.errors import ModelError
 from lightning_prune.structure.factorized import Cost, Shapes
 from lightning_prune.structure.layers import DenseLayer, is_plain
-from lightning_prune.structure.obstacles import obstacle, obstacles
+from lightning_prune.structure.obstacles import obstacle
 from lightning_prune.structure.plan import Plan
+from lightning_prune.structure.replaceable import replaceable
 from lightning_prune.structure.rotated import Directions, Form, Rotated, calls_of, factors_of
 from lightning_prune.structure.rotated import cost as rotated_cost
-from lightning_prune.structure.select import Pattern, select
+from lightning_prune.structure.select import Pattern
 from lightning_prune.structure.steps import Rotate, Step
 
 ScoreDirections = Callable[[Task, Mapping[str, "Site"]], Mapping[str, "RankedDirections"]]
@@ -201,29 +202,24 @@ class DirectionRemoval:
 
     def _sites(self, model: nn.Module, task: Task | None) -> tuple[dict[str, Site], dict[str, str]]:
         """Return layers by name, and by name the reason why others are left alone; without a task no shapes are known."""
-        reasons = obstacles(model)
-        rotated = {name: module for name, module in model.named_modules() if isinstance(module, Rotated)}
-        inside = {f"{name}.{part}" for name, module in rotated.items() for part, _ in module.named_modules() if part}
-        layers: dict[str, nn.Module] = {
-            name: module
-            for name, module in model.named_modules()
-            if name in rotated or (name not in inside and (is_plain(module) or name in reasons))
-        }
-        last = next(reversed(layers), None)
-        found, alone = {}, {}
-        for name, module in (select(layers, self.include, self.exclude) if layers else {}).items():
-            calls = () if task is None else calls_of(name, module, task.cost.shapes)
-            reason = _obstacle(name, module, reasons)
-            if reason is None and self.official and name == last:
-                reason = "it is the last layer, the classifier"
-            if reason is None and task is not None and not calls:
-                reason = "it is not called with the example inputs"
-            if reason is not None:
-                alone[name] = reason
-            else:
-                found[name] = Site(
-                    module, f"{name}.core" if name in rotated else name, factors_of(module)["core"], calls
-                )
+        modules = dict(model.named_modules())
+        last = next((name for name in reversed(modules) if is_plain(modules[name])), None)
+
+        def calls(name: str) -> Shapes:
+            return () if task is None else calls_of(name, modules[name], task.cost.shapes)
+
+        def reason(name: str, module: nn.Module) -> str | None:
+            if self.official and name == last:
+                return "it is the last layer, the classifier"
+            return _obstacle(module) or (
+                "it is not called with the example inputs" if task is not None and not calls(name) else None
+            )
+
+        layers, alone = replaceable(model, self.include, self.exclude, reason, (Rotated,))
+        found = {}
+        for name, module in layers.items():
+            core = f"{name}.core" if isinstance(module, Rotated) else name
+            found[name] = Site(module, core, factors_of(module)["core"], calls(name))
         return found, alone
 
     def _choose(self, task: Task, scores: DirectionScores, share: float) -> dict[str, Kept | None]:
@@ -280,12 +276,8 @@ def _is_thin(site: Site) -> bool:
     return site.layer.weight[0, 0].numel() == 1
 
 
-def _obstacle(name: str, module: nn.Module, reasons: Mapping[str, str]) -> str | None:
+def _obstacle(module: nn.Module) -> str | None:
     """Say why directions of a layer cannot leave, or None."""
-    if not name:
-        return "it is the model itself, not a layer inside it"
-    if name in reasons:
-        return reasons[name]
     try:
         factors = factors_of(module)
     except ModelError:

@@ -19,7 +19,6 @@ from lightning_prune.budget import allocate, rank_choices, resolve_bound
 from lightning_prune.callback import Compression, Task
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.structure.factorized import (
-    Factorized,
     Kind,
     Shapes,
     break_even_rank,
@@ -30,9 +29,9 @@ from lightning_prune.structure.factorized import (
     matrix_of,
 )
 from lightning_prune.structure.layers import DenseLayer, is_plain
-from lightning_prune.structure.obstacles import obstacles
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.select import Pattern, select
+from lightning_prune.structure.replaceable import replaceable
+from lightning_prune.structure.select import Pattern
 from lightning_prune.structure.spectrum import Spectrum, rank_for_energy, round_rank, spectrum
 from lightning_prune.structure.steps import Factorize
 
@@ -134,26 +133,16 @@ def find_candidates(
     Raises:
         OptionError: If a pattern matches no layer.
     """
-    done = {name: m.second for name, m in model.named_modules() if isinstance(m, Factorized)}
-    inside = {f"{name}.{part}" for name in done for part in ("first", "second")}
-    reasons = obstacles(model)
-    layers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if name in done:
-            layers[name] = done[name]  # patterns still know it by its name and type
-        elif name not in inside and (is_plain(module) or name in reasons):
-            layers[name] = module
-    chosen = {name: m for name, m in select(layers, include, exclude).items() if name not in done} if layers else {}
-    found, alone = {}, {}
-    for name, layer in chosen.items():
-        if name in reasons or not is_plain(layer):
-            alone[name] = reasons[name]
-        elif not name:
-            alone[name] = "it is the model itself, not a layer inside it"
-        elif shapes is not None and not shapes.get(name):
-            alone[name] = "it is not called with the example inputs"
-        else:
-            found[name] = Candidate(layer, kind_for(layer, scheme), (shapes or {}).get(name, ()))
+
+    def obstacle(name: str, _layer: nn.Module) -> str | None:
+        return None if shapes is None or shapes.get(name) else "it is not called with the example inputs"
+
+    layers, alone = replaceable(model, include, exclude, obstacle)
+    found = {
+        name: Candidate(layer, kind_for(layer, scheme), (shapes or {}).get(name, ()))
+        for name, layer in layers.items()
+        if is_plain(layer)
+    }
     return found, alone
 
 

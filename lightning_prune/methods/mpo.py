@@ -34,9 +34,9 @@ from lightning_prune.methods.low_rank import Target
 from lightning_prune.structure.layers import DenseLayer, describe, is_plain
 from lightning_prune.structure.mpo import MPO as MPOLayer
 from lightning_prune.structure.mpo import WAYS, Training, positions_of, tensor_of, weight_from
-from lightning_prune.structure.obstacles import obstacles
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.select import Pattern, select
+from lightning_prune.structure.replaceable import replaceable
+from lightning_prune.structure.select import Pattern
 from lightning_prune.structure.spectrum import lost_energy
 from lightning_prune.structure.steps import Tensorize
 from lightning_prune.structure.tensor_train import (
@@ -293,29 +293,14 @@ class MPO(Compression):
         self, model: nn.Module, shapes: Mapping[str, Shapes] | None = None
     ) -> tuple[dict[str, DenseLayer], dict[str, str]]:
         """Return the layers that can be factorized, and the reasons why others that were chosen cannot."""
-        done = {name for name, m in model.named_modules() if isinstance(m, MPOLayer)}
-        reasons = {name: why for name, why in obstacles(model).items() if name.removesuffix(".cores") not in done}
-        reasons |= {
-            n: "it is a convolution in groups"
-            for n, m in model.named_modules()
-            if is_plain(m) and getattr(m, "groups", 1) > 1
-        }
-        known = {n: m for n, m in model.named_modules() if n in done or is_plain(m) or n in reasons}
-        chosen = select(known, self.include, self.exclude) if known else {}
-        found: dict[str, DenseLayer] = {}
-        alone: dict[str, str] = {}
-        for name, layer in chosen.items():
-            if name in done:
-                continue
-            if name in reasons or not is_plain(layer):
-                alone[name] = reasons[name]
-            elif not name:
-                alone[name] = "it is the model itself, not a layer inside it"
-            elif shapes is not None and not shapes.get(name):
-                alone[name] = "it is not called with the example inputs"
-            else:
-                found[name] = layer
-        return found, alone
+
+        def obstacle(name: str, layer: nn.Module) -> str | None:
+            if getattr(layer, "groups", 1) > 1:
+                return "it is a convolution in groups"
+            return None if shapes is None or shapes.get(name) else "it is not called with the example inputs"
+
+        layers, alone = replaceable(model, self.include, self.exclude, obstacle)
+        return {name: layer for name, layer in layers.items() if is_plain(layer)}, alone
 
     def _forms(self, layers: Mapping[str, DenseLayer]) -> dict[str, Form]:
         """Return modes for every layer, the bonds still 1."""

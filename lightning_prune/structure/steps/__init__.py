@@ -26,6 +26,7 @@ STEPS: dict[str, type[Step]] = {
         ScaleInputs,
         Factorize,
         Rotate,
+        Tensorize,
         KeepChannels,
         GatherInputs,
         OpenHeads,
