@@ -344,14 +344,8 @@ def _dense_spec(layer: MPOLinear | MPOConv) -> dict[str, Any]:
         return {"type": "Linear", **ends}
     padding = layer.padding if isinstance(layer.padding, str) else list(layer.padding)
     sizes = {"kernel": list(layer.kernel_size), "stride": list(layer.stride), "dilation": list(layer.dilation)}
-    return {
-        "type": layer.kind.__name__,
-        **ends,
-        **sizes,
-        "padding": padding,
-        "groups": 1,
-        "padding_mode": layer.padding_mode,
-    }
+    kind = f"Conv{len(layer.kernel_size)}d"
+    return {"type": kind, **ends, **sizes, "padding": padding, "groups": 1, "padding_mode": layer.padding_mode}
 
 
 def _mpo_flops(form: Form, spec: Spec, way: Way, shape: Sequence[int]) -> int:
