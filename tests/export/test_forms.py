@@ -124,7 +124,7 @@ class Mixed(nn.Module):
         self.twin = self.flat
         self.idle = factorize(nn.Linear(4, 4), "linear", 1)
         self.hooked = factorize(nn.Linear(36, 36), "linear", 2)
-        self.hooked.register_forward_hook(lambda _module, _args, output: 2 * output)
+        self.hooked.register_forward_hook(lambda _module, _args, output: output.relu())
 
     def forward(self, x):
         x = self.turned(self.thin(input=self.conv(x).relu()).relu())
