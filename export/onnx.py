@@ -46,7 +46,6 @@ OLDEST_OPSET = 17  # the exporter writes 18 and converts; some models come down 
 _MIN_EXTERNAL_BYTES = 1024
 _ALIGNMENT = 64
 _OTHER_BATCH = 5
-_THIN = ("factorize", "rotate", "mpo")  # actions after which nothing made from a layer's weights may grow
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 
 
@@ -153,7 +152,7 @@ def export_onnx(
     formed, forms = choose(twin, call, settings, opset, dynamic_batch)
     graph = trace(cpu_twin(formed), traced, names, opset, dynamic_batch)
     plan = plan_of(model)
-    thin = [step.module for step in plan.steps if step.action in _THIN]
+    thin = [step.module for step in plan.steps if step.replaces]
     check_numbers(graph.stored, formed, {*thin, *forms.get("layers", ())})
     metadata = _metadata(twin, plan, provenance) | {"flops": _flops(formed, call), "forms": forms}
     with _written(graph, metadata, Path(path)) as beside:

@@ -10,13 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import lit
 import pytest
 import torch
 import yaml
 from torch import nn
 
-from lightning_prune import cli
+from lightning_prune import KFE, MPO, LowRank, cli, compress
 from lightning_prune.cli import commands, main
+from lightning_prune.cli.commands import count_parameters
 from lightning_prune.cli.parser import split_overrides
 from lightning_prune.errors import BudgetError, OptionError
 
@@ -274,6 +276,18 @@ def test_inspect_counts_what_the_layers_have(here, capfd, name):
     assert facts["layers"][0]["layer"] == "first"
     assert main(["inspect", name]) == 0
     assert "195 parameters of 323 (60.4%)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LowRank(flops=0.6, align=1), KFE(flops=0.5, align=1), KFE(flops=0.5, separable=True), MPO(params=0.5)],
+    ids=["LowRank", "KFE", "KFE-separable", "MPO"],
+)
+def test_parameters_are_counted_from_a_file_whatever_replaced_the_layers(method):
+    net, data = lit.body(), list(lit.loader(32))
+    loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    small, plan = compress(net, method, data[0][0][:2], data, loss)
+    assert count_parameters(small.state_dict(), plan) == sum(p.numel() for p in small.parameters())
 
 
 def test_help_has_examples_and_exits_with_0(capsys):

@@ -335,7 +335,7 @@ def count_parameters(state: Mapping[str, Any], plan: "Plan") -> int:
         plan: The plan that the state dict carries.
     """
     dense = {name for name, _ in plan.origin.parameters} if plan.origin is not None else set()
-    inside = tuple(f"{step.module}." for step in plan.steps if step.action == "factorize")
+    inside = tuple(f"{step.module}." for step in plan.steps if step.replaces)
     found = {
         t.data_ptr(): t.numel()
         for name, t in state.items()

@@ -22,6 +22,7 @@ class Step:
     """
 
     action: ClassVar[str]
+    replaces: ClassVar[bool] = False  # whether a module of fewer weights takes the place of the one named
     module: str
 
     @property

@@ -63,6 +63,7 @@ class Factorize(Replacement):
     """
 
     action: ClassVar[str] = "factorize"
+    replaces: ClassVar[bool] = True
     kind: Kind
     rank: int
     before: Mapping[str, Any]

@@ -52,6 +52,7 @@ class Rotate(Step):
     """
 
     action: ClassVar[str] = "rotate"
+    replaces: ClassVar[bool] = True
     before: Specs
     inputs: int | None
     outputs: int | None

@@ -44,6 +44,7 @@ class Tensorize(Replacement):
     """
 
     action: ClassVar[str] = "mpo"
+    replaces: ClassVar[bool] = True
     before: Mapping[str, Any]
     outputs: Sequence[int]
     inputs: Sequence[int]
