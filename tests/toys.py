@@ -41,6 +41,7 @@ USUAL |= {"fisher": "empirical"}  # drawn labels are others if the samples come 
 GRADUALLY = {"until_epoch": 3}  # masks at the start of epochs 0, 1 and 2
 WEIGHTS = {"structured": False, "flops": None, "sparsity": 0.5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "IncReg-columns": ("IncReg", {"units": "columns", "flops": None, "sparsity": 0.5}),
     "KFE-gradually": ("KFE", GRADUALLY),
     "KFE-official": ("KFE", {"official": True, "flops": 0.8}),
     "KFE-separable": ("KFE", {"separable": True}),

@@ -228,7 +228,7 @@ def test_a_fit_that_ends_early_is_compressed_all_the_same(name, how, tmp_path):
         "max_steps": {"max_steps": 3},
         "max_time": {"max_time": {"seconds": 1}, "max_epochs": 1000},
     }[how]
-    fit(model, make(name, **(UNPLANNED.get(name, {}) if how == "max_time" else {})), tmp_path, **options)
+    fit(model, make(name, **(UNPLANNED.get(kind_of(name), {}) if how == "max_time" else {})), tmp_path, **options)
     assert_compressed(model)
 
 
@@ -323,7 +323,7 @@ def several():
 
 def test_iterable_data(name, tmp_path):
     model = LitNet(example=False)
-    fit(model, make(name, **UNPLANNED.get(name, {})), tmp_path, data=DataLoader(Stream(), batch_size=16))
+    fit(model, make(name, **UNPLANNED.get(kind_of(name), {})), tmp_path, data=DataLoader(Stream(), batch_size=16))
     assert_compressed(model)
 
 
