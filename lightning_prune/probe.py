@@ -45,6 +45,7 @@ class Probe:
         prepare: Brings a batch to the device of the model.
         reduce: Takes a tensor of every rank together, by ``"mean"``, ``"sum"`` or ``"max"``, or returns that of rank 0, by ``"first"``.
         progress: Whether to show a progress bar.
+        knows_loss: Whether ``step`` returns losses.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Probe:
         prepare: Callable[[Any], Any] = lambda batch: batch,
         reduce: Callable[[Tensor, str], Tensor] = lambda tensor, _how: tensor,
         progress: bool = False,
+        knows_loss: bool = True,
     ) -> None:
+        self.knows_loss = knows_loss
         self.model = model
         self.data = data
         self._step = step
@@ -106,7 +109,8 @@ class Probe:
             as_calls(batch[0] if isinstance(batch, tuple | list) else batch)[0].run(model)
             return None
 
-        return cls(model, data, step, prepare=lambda batch: _to(batch, device), progress=progress)
+        prepare = lambda batch: _to(batch, device)  # noqa: E731
+        return cls(model, data, step, prepare=prepare, progress=progress, knows_loss=loss is not None)
 
     def batches(self, count: int, title: str = "Calibrating") -> Iterator[Any]:
         """Yield the first ``count`` batches, on the device of the model, with a progress bar.

@@ -146,6 +146,11 @@ def loss_alone(probe: Probe, loss: Loss, chunk: Any, index: int) -> Tensor | Non
 
 def no_loss(probe: Probe) -> ModelError:
     """Return the error for a model whose step gave no loss on any batch that it was scored with."""
+    if not probe.knows_loss:
+        return ModelError(
+            f"A loss is needed to score {type(probe.model).__name__}, and outside of a fit none is known: give loss=, a function of model and batch "
+            "that returns a scalar, to compress or explain."
+        )
     if not getattr(probe.model, "automatic_optimization", True):
         return ModelError(
             f"{type(probe.model).__name__} optimizes manually and its training_step returns no loss. {_OWN_LOSS}"

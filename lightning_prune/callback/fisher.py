@@ -20,6 +20,7 @@ from lightning_prune.structure.layers import DenseLayer
 
 log = logging.getLogger(__name__)
 Labels = Literal["sampled", "empirical"]
+_NAME_LABELS = "Name it by distribution=, which may be a function that draws, or take the labels of the data by fisher='empirical'."
 _NAME_IT = "Name the module whose output the loss is computed from by logits_module=."
 
 
@@ -84,9 +85,19 @@ class Fisher:
 
     def _run(self, probe: Probe, statistics: Factors | SecondMoments, title: str) -> None:
         """Show some batches to what collects."""
-        own = self.loss
-        step = probe.loss_if_any if own is None else lambda batch, _index: own(probe.model, batch)
-        seen, generator = 0, None
+        own, generator, index, seen = self.loss, None, -1, 0
+
+        def step(batch: Any, index: int) -> Tensor | None:
+            value = probe.loss_if_any(batch, index) if own is None else own(probe.model, batch)
+            if own is not None and (not isinstance(value, Tensor) or value.numel() != 1):
+                got = (
+                    f"a tensor of shape {list(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else f"a {type(value).__name__}"
+                )
+                raise ModelError(f"{self.method}: loss_fn= must return the scalar loss of a batch; it returned {got}.")
+            return value
+
         with probe.quiet(mode="eval"), torch.enable_grad():
             for index, batch in enumerate(probe.batches(self.batches, title)):
                 with self._watched(probe.model) as outputs, statistics.watching():
@@ -97,13 +108,20 @@ class Fisher:
                 generator = generator or torch.Generator(z.device).manual_seed(self.seed + _rank())
                 statistics.backward(z, self._gradients(loss, z, generator))
                 seen += 1
+        if index < 0:
+            raise ModelError(
+                f"{self.method}: there is no batch to take the Fisher information from: the data is empty."
+            )
         if not seen:
             raise no_loss(probe)
 
     def _gradients(self, loss: Tensor, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return the gradients of the loss of every sample at the outputs."""
         if self.labels == "sampled":
-            return sampled_gradients(loss, outputs, generator, self.distribution)
+            try:
+                return sampled_gradients(loss, outputs, generator, self.distribution, _NAME_LABELS)
+            except ModelError as error:
+                raise ModelError(f"{self.method}: {error}") from error
         try:
             return empirical_gradients(loss, outputs)
         except ModelError as error:

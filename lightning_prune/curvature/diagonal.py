@@ -56,7 +56,7 @@ def exact_cotangents(loss: Tensor, outputs: Tensor) -> Tensor:
         direction = torch.zeros(samples, width, dtype=outputs.dtype, device=outputs.device)
         direction[:, index] = 1
         columns.append(along(gradient, outputs, direction.view_as(outputs)).reshape(samples, width))
-    check_apart(gradient, outputs)
+    check_apart(gradient, outputs, "Take curvature='hutchinson'.")
     hessian = check_finite(torch.stack(columns, 2).double())
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     values = values.clamp_min(0)

@@ -77,7 +77,11 @@ class Likelihood:
 
 
 def sampled_gradients(
-    loss: Tensor, outputs: Tensor, generator: torch.Generator, distribution: Distribution | Sample = "auto"
+    loss: Tensor,
+    outputs: Tensor,
+    generator: torch.Generator,
+    distribution: Distribution | Sample = "auto",
+    remedy: str = _REMEDY,
 ) -> Tensor:
     """Return the gradients of the loss of every sample at labels that the model draws, one per term.
 
@@ -88,6 +92,7 @@ def sampled_gradients(
         generator: Source of randomness, on the device of the outputs. The same seed draws the same labels.
         distribution: What the labels are drawn from; ``"auto"`` finds it out. If one is named that the loss does not have, terms that the
             loss depends on count alike. A function ``sample(outputs, generator)`` returns the gradients itself.
+        remedy: What to do if it cannot be found out, a sentence.
 
     Returns:
         ``outputs.shape``, float64; see the module for their scale.
@@ -103,7 +108,7 @@ def sampled_gradients(
                 f"got {tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__}."
             )
         return check_finite(found.detach().double())
-    likelihood = likelihood_of(loss, outputs, distribution)
+    likelihood = likelihood_of(loss, outputs, distribution, remedy)
     return likelihood.draw(outputs, 1, generator).squeeze(0) * likelihood.relative().sqrt()
 
 
@@ -192,6 +197,8 @@ def _fitting(gradient: Tensor, outputs: Tensor) -> Iterator[Likelihood]:
         floor = 16 * min(rounding, torch.finfo(torch.float32).eps) * (float(typical) if known else 1.0)
         if all(_near(found, wanted, like, floor) for found, wanted in ((weight * unit(second), other), *more)):
             used = _total(gradient.detach().square(), over) > 0
+            if distribution == "gaussian" and bool((used & ~counted).any()):
+                return  # terms with a slope but no curvature, as of a Huber loss
             yield Likelihood(distribution, axis, weight.where(sure, used * typical))
 
     for axis in axes:
@@ -254,8 +261,13 @@ def along(values: Tensor, outputs: Tensor, vector: Tensor, create_graph: bool = 
     return torch.zeros_like(outputs) if product is None else product
 
 
-def check_apart(gradient: Tensor, outputs: Tensor) -> None:
+def check_apart(gradient: Tensor, outputs: Tensor, remedy: str = "") -> None:
     """Check that samples do not meet in a loss: moving the outputs of the first half must not change the gradients of the others.
+
+    Args:
+        gradient: Of the loss at the outputs, with its graph.
+        outputs: ``[samples, ...]``.
+        remedy: What to do then, a sentence.
 
     Raises:
         ModelError: If they do.
@@ -265,7 +277,7 @@ def check_apart(gradient: Tensor, outputs: Tensor) -> None:
     direction[:half] = 1 + torch.rand(outputs[:half].shape, generator=torch.Generator().manual_seed(0)).to(outputs)
     if half and along(gradient, outputs, direction)[half:].abs().max() > 0:
         raise ModelError(
-            "Samples of a batch meet in the loss, as in a contrastive one; it has no curvature sample by sample. Take curvature='hutchinson'."
+            f"Samples of a batch meet in the loss, as in a contrastive one; it has no curvature sample by sample. {remedy}".rstrip()
         )
 
 

@@ -36,7 +36,8 @@ from lightning_prune.structure.layers import DenseLayer
 from lightning_prune.structure.select import Pattern
 
 log = logging.getLogger(__name__)
-_NOTHING = 1e-12  # of the total importance: a network that is as sure as that has no Fisher information to go by
+_NOTHING = 1e-12  # total below which a network is too sure of itself to have Fisher information to go by
+_TIES = 1e-10  # share of the mean Fisher information that every direction has at least, so that none leaves for nothing
 
 
 def core_of(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class KFE(Masking):
         separable: Whether what stays of a convolution becomes depthwise, and what the fit minimizes: ``"frobenius"``, the error of the weight, or
             ``"curvature"``, that error weighed by K-FAC; True is ``"curvature"``.
         official: Whether to do as the authors do, as said above; ``scaling`` is then ``"kfac"``.
-        align: Directions kept are multiples of it; 1 switches that off.
+        align: Directions kept are multiples of it, where a side is narrow of a smaller power of two; 1 switches that off.
         seed: Of the labels that are drawn.
         include: Layers to take: names, globs or module types; None takes all that can be.
         exclude: Layers to leave alone, likewise.
@@ -216,19 +217,24 @@ class KFE(Masking):
             fisher = information.moments(task, {name: layers[name] for name in bases}, bases)
         else:
             fisher = {name: basis.diagonal() for name, basis in bases.items()}
+        total = sum(float(own.sum()) for own in fisher.values())
+        entries = sum(own.numel() for own in fisher.values())
+        if total <= _NOTHING:
+            log.warning(
+                "KFE: the Fisher information of all directions sums to %.3g: the model is next to certain of what it is asked, so that little can be "
+                "said of what may leave, and directions leave by the size of their weights. Take %sa model trained less long.",
+                total,
+                "more calibration_batches, or " if self.fisher == "empirical" else "fisher='empirical', or ",
+            )
+        ground = (
+            _TIES * total / max(1, entries) or 1.0
+        )  # of directions without information, those with the smallest weights leave first
         found = {}
         for name, basis in bases.items():
             try:
-                found[name] = ranked(layers[name], basis, fisher[name])
+                found[name] = ranked(layers[name], basis, fisher[name] + ground)
             except ModelError as error:
                 raise ModelError(f"KFE: layer {name!r} cannot be scored: {error}") from error
-        total = sum(float(own.input_scores.sum()) for own in found.values())
-        if total <= _NOTHING:
-            log.warning(
-                "KFE: the importances of all directions sum to %.3g: the model is next to certain of what it predicts, so that its Fisher "
-                "information says little of what may leave. Take fisher='empirical', more calibration_batches, or a model trained less long.",
-                total,
-            )
         return found
 
     def _information(self, task: Task) -> Fisher:

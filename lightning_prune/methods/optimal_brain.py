@@ -401,7 +401,8 @@ class OptimalBrain(ChannelPruning):
         information = self._information(task)
         if self.rule == "c-obd":
             moments = information.moments(task, layers, dict.fromkeys(layers))
-            wide = {name: layers[name].weight.detach().to(own).flatten(2).mT for name, own in moments.items()}
+            weights = {name: layers[name].weight.detach().to(own) for name, own in moments.items()}
+            wide = {name: w.reshape(*w.shape[:2], -1).mT for name, w in weights.items()}
             return {name: c_obd(wide[name], own, self.official) * stays[name].to(own) for name, own in moments.items()}
         factors, found = information.factors(task, layers, patches=True, homogeneous=True), {}
         for name, own in factors.items():

@@ -294,3 +294,11 @@ def test_a_softmax_that_is_certain_and_wrong_is_known_by_its_slope():
         torch.testing.assert_close(found.relative().flatten(), torch.ones(6, dtype=torch.float64))
     with pytest.raises(ModelError, match="cannot be told"):
         likelihood_of((z - 1).abs().mean(), z)
+
+
+@pytest.mark.parametrize("loss", [F.smooth_l1_loss, F.huber_loss])
+def test_a_loss_that_is_quadratic_only_near_zero_is_not_gaussian(loss):
+    z = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert likelihood_of(loss(z, z.detach() + 0.1), z).distribution == "gaussian"  # where it is
+    with pytest.raises(ModelError, match="cannot be told"):
+        likelihood_of(loss(z, z.detach() + torch.linspace(-3, 3, 32).view(16, 2)), z)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import KFE, PFP, Magnitude, compress, count_flops, load_from_checkpoint
+from lightning_prune import KFE, PFP, Magnitude, compress, count_flops, explain, load_from_checkpoint
 from lightning_prune.curvature.kronecker import Factors, Kronecker
 from lightning_prune.errors import BudgetError, ModelError, OptionError
 from lightning_prune.methods.kfe import core_of, eigenbasis, importances, ranked
@@ -357,12 +357,36 @@ def test_bad_options_are_refused(options, message):
         KFE(**options)
 
 
-def test_a_model_that_is_certain_warns_with_the_total(caplog):
-    net = wide()
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+def test_a_model_that_is_certain_warns_with_the_total_and_keeps_what_the_budget_allows(labels, caplog):
+    net, data = wide(), list(loader(32))
     with torch.no_grad():
-        net[-1].bias += torch.tensor([200.0, 0, 0, 0])
-    compress(net, KFE(flops=0.6), X, list(loader(32)), ce)
-    assert "importances of all directions sum to 0: the model is next to certain" in caplog.text
+        net[-1].bias += torch.tensor([2000.0, 0, 0, 0])
+    data = [(x, torch.zeros_like(y)) for x, y in data]
+    small, _ = compress(net, KFE(flops=0.6, align=1, fisher=labels), X, data, ce)
+    assert "the Fisher information of all directions sums to 0: the model is next to certain" in caplog.text
+    assert ("fisher='empirical'" in caplog.text) == (labels == "sampled")
+    assert 0.57 * price(net, "flops") < price(small, "flops") <= 0.6 * price(net, "flops")
+
+
+def test_directions_that_the_data_do_not_have_leave_only_as_far_as_the_budget_asks():
+    net, data = wide(), list(loader(32))
+    data = [(torch.zeros_like(x), y) for x, y in data]
+    small, _ = compress(net, KFE(flops=0.8, align=1), X, data, ce)
+    assert 0.77 * price(net, "flops") < price(small, "flops")
+
+
+def test_a_loss_that_is_no_scalar_and_a_dry_run_without_a_loss_say_so():
+    data = list(loader(32))
+    vector = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")  # noqa: E731
+    with pytest.raises(ModelError, match=r"loss_fn= must return the scalar loss.*shape \[16\]"):
+        compress(wide(), KFE(flops=0.5, loss_fn=vector), X, data)
+    with pytest.raises(ModelError, match=r"outside of a fit none is known: give loss="):
+        explain(LitNet(), X, KFE(flops=0.5), data=data)
+    with pytest.raises(ModelError, match="the data is empty"):
+        compress(wide(), KFE(flops=0.5), X, [], ce)
+    with pytest.raises(ModelError, match=r"KFE: The loss is no softmax.*distribution=.*fisher='empirical'"):
+        compress(wide(), KFE(flops=0.5), X, data, lambda m, b: F.l1_loss(m(b[0]), F.one_hot(b[1], 4).float()))
 
 
 def test_losses_in_which_samples_meet_and_weights_that_are_not_finite_are_refused():

@@ -345,3 +345,27 @@ def test_a_factor_that_cannot_be_inverted_asks_for_more_damping():
 def test_arguments_out_of_range_are_refused(options, match):
     with pytest.raises(OptionError, match=match):
         OptimalBrain(**({"flops": 0.5} | options))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_hidden_units_of_linear_layers_leave_by_every_rule(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    data = [(torch.randn(8, 6), torch.arange(8) % 3) for _ in range(2)]
+    small, _ = compress(model, OptimalBrain(rule, flops=0.5, align=1), data[0][0], data=data, loss=loss_of)
+    assert small[0].out_features == small[2].in_features == 8
+    if rule == "c-obd":  # the scores are sums of squared weights times squared gradients of samples, by a loop
+        squares = torch.zeros(16, 6)
+        for x, _ in data:
+            for sample in x:
+                share = model(sample[None]).softmax(1).detach()
+                for label, p in enumerate(share[0]):  # the exact expectation over what is drawn
+                    loss = F.cross_entropy(model(sample[None]), torch.tensor([label]))
+                    squares += p * torch.autograd.grad(loss, model[0].weight)[0].square() / 16
+        expected = (model[0].weight.detach().square() * squares).sum(1)
+        many = OptimalBrain(rule, flops=0.5, align=1, calibration_batches=400)
+        task = Task.of(model, Probe.of_data(model, data * 200, loss_of), as_calls(data[0][0]))
+        found = many.removal.look(task)
+        scores = many.removal.score(task, found, (), 1.0)
+        units = found.by_tensor["0.weight"][0].units
+        torch.testing.assert_close(torch.from_numpy(scores.values[units]).float(), expected, rtol=0.1, atol=1e-3)
