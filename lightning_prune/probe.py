@@ -112,6 +112,12 @@ class Probe:
         prepare = lambda batch: _to(batch, device)  # noqa: E731
         return cls(model, data, step, prepare=prepare, progress=progress, knows_loss=loss is not None)
 
+    def on(self, data: Iterable[Any]) -> "Probe":
+        """Return a probe of the same model with other data."""
+        own = copy.copy(self)
+        own.data = data
+        return own
+
     def batches(self, count: int, title: str = "Calibrating") -> Iterator[Any]:
         """Yield the first ``count`` batches, on the device of the model, with a progress bar.
 

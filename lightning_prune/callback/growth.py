@@ -27,6 +27,7 @@ from lightning_prune.callback.masking import Masking
 from lightning_prune.callback.ratios import Ratios, check_names, check_ratios, ratio_of, scores_by_ratio
 from lightning_prune.callback.task import Task
 from lightning_prune.callback.unit_slices import Cells, UnitSlices, even, frozen_units
+from lightning_prune.callback.validation import validation_figures
 from lightning_prune.errors import CheckpointError, ModelError, TrainerError
 from lightning_prune.measure.picture import draw_growth
 from lightning_prune.probe import FOREIGN
@@ -146,6 +147,7 @@ class Growth(Masking):
         updates: Optimizer steps that have counted.
         numbers: What was derived from the planned steps before training, by name.
         losses: The loss before and after the removal, in eval mode on eight training batches; NaN where the training step cannot be run so.
+        validated: What ``validation_step`` logs, before and after the removal, by name; nothing where it cannot be run.
 
     Raises:
         OptionError: If an argument is of the wrong type or out of range.
@@ -197,6 +199,7 @@ class Growth(Masking):
         self.updates, self.numbers, self.over = 0, dict[str, float](), False
         self._begun, self._seen, self._stride, self._dropped = False, 0, 1, 0
         self.losses = math.nan, math.nan
+        self.validated: dict[str, tuple[float, float]] = {}
         self._saved: dict[str, Any] | None = None
         self._history: list[Tensor] = []
         self._first: Tensor | None = None
@@ -369,16 +372,17 @@ class Growth(Masking):
         super()._close(trainer, pl_module)
 
     def _shrink(self, trainer: Any, module: Any, task: Task) -> None:
-        """Shrink, and tell what that does to the loss."""
-        before = self._loss(module, task)
+        """Shrink, and tell what that does to the loss and to what validation says, such as the accuracy."""
+        before = self._loss(module, task), validation_figures(trainer, module, task.probe)
         super()._shrink(trainer, module, task)
-        self.losses = before, self._loss(module, task)
-        if all(map(math.isfinite, self.losses)):
-            told = dict(zip(("removal/loss_before", "removal/loss_after"), self.losses, strict=True))
+        after = self._loss(module, task), validation_figures(trainer, module, task.probe)
+        self.losses = before[0], after[0]
+        self.validated = {name: (value, after[1][name]) for name, value in before[1].items() if name in after[1]}
+        finite = {"loss": self.losses} if all(map(math.isfinite, self.losses)) else {}
+        for name, pair in (self.validated | finite).items():
+            told = dict(zip((f"removal/{name}_before", f"removal/{name}_after"), pair, strict=True))
             loggers.tell_scalars(trainer, told)
-            log.info(
-                "%s: the loss was %.4g before the removal and is %.4g after it.", type(self).__name__, *self.losses
-            )
+            log.info("%s: %s was %.4g before the removal and is %.4g after it.", type(self).__name__, name, *pair)
 
     @torch.no_grad()
     def _loss(self, module: Any, task: Task) -> float:
@@ -458,6 +462,8 @@ class Growth(Masking):
             text += " The loss of the first training batches, in eval mode, was {:.4g} before the removal and {:.4g} after it.".format(
                 *self.losses
             )
+        for name, pair in self.validated.items():
+            text += " In validation {} was {:.4g} before and {:.4g} after it.".format(name, *pair)
         return () if picture is None else (Exhibit(f"{type(self).__name__}: growth", text, picture=picture),)
 
     # State ----------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from growing import LAYERS, Fixed, Flat, Lit, Watch, fit, noise
-from lit import LitNet, loader, trainer
+from lit import LitNet, Points, loader, trainer
 from networks import NETWORKS
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.loggers import CSVLogger
@@ -589,6 +589,10 @@ def test_the_loss_before_and_after_the_removal_is_told_and_where_norms_stay_it_i
         rows = [row for row in csv.DictReader(stream) if row.get("compression/removal/loss_after")]
     assert [float(rows[0][f"compression/removal/loss_{when}"]) for when in ("before", "after")] == [before, after]
     assert f"was {before:.4g} before the removal" in method.exhibits()[0].text
+    x, y = Points(32, 1).x, Points(32, 1).y
+    judged = [float((net.eval()(x).argmax(1) == y).float().mean()) for net in (masked.net, model.net)]
+    assert method.validated["val_acc"] == pytest.approx(judged)
+    assert [float(rows[0][f"compression/removal/val_acc_{when}"]) for when in ("before", "after")] == judged
 
 
 def test_with_manual_optimization_no_loss_is_told_because_its_training_step_would_train(tmp_path):
