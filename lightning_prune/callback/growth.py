@@ -379,9 +379,16 @@ class Growth(Masking):
         self.losses = before[0], after[0]
         self.validated = {name: (value, after[1][name]) for name, value in before[1].items() if name in after[1]}
         finite = {"loss": self.losses} if all(map(math.isfinite, self.losses)) else {}
-        for name, pair in (self.validated | finite).items():
-            told = dict(zip((f"removal/{name}_before", f"removal/{name}_after"), pair, strict=True))
-            loggers.tell_scalars(trainer, told)
+        changes = self.validated | finite
+        loggers.tell_scalars(
+            trainer,
+            {
+                f"removal/{name}_{when}": value
+                for name, pair in changes.items()
+                for when, value in zip(("before", "after"), pair, strict=True)
+            },
+        )
+        for name, pair in changes.items():
             log.info("%s: %s was %.4g before the removal and is %.4g after it.", type(self).__name__, name, *pair)
 
     @torch.no_grad()
