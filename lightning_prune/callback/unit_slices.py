@@ -111,8 +111,9 @@ class Cells:
         if key not in self._scratch:
             own = [s.parameter for s in self.weights if (s.parameter.dtype, s.parameter.device) == key]
             self._scratch[key] = weight.detach().new_empty(max(parameter.numel() for parameter in own))
+        strides = torch.empty_like(weight, device="meta").stride()  # those of the weight unless its storage has gaps
         return torch.abs(
-            weight.detach(), out=self._scratch[key][: weight.numel()].as_strided(weight.size(), weight.stride())
+            weight.detach(), out=self._scratch[key][: weight.numel()].as_strided(weight.size(), strides)
         )
 
     def scores(self) -> Tensor:

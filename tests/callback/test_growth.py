@@ -54,6 +54,22 @@ def test_scores_are_means_over_writing_weights_of_mean_absolute_values(name):
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize("options", [{"units": "channels"}, {"units": "columns"}])
+def test_weights_whose_storage_has_gaps_score_and_train_as_others(options, tmp_path):
+    models = [Lit(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), torch.zeros(2, 8)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for layer in (0, 2):
+        weight = models[1].net[layer].weight.detach()
+        models[1].net[layer].weight = nn.Parameter(torch.cat([weight, weight], 1)[:, : weight.shape[1]])
+        assert not models[1].net[layer].weight.is_contiguous()
+    watches = [
+        fit(IncReg(sparsity=0.5, **options), tmp_path, model, noise(model), max_epochs=4)[1] for model in models
+    ]
+    assert watches[0].gone[-1].any()
+    for kind in ("values", "gone"):
+        assert all(map(torch.equal, *(getattr(watch, kind) for watch in watches)))
+
+
 def test_ranks_are_places_within_the_cell_and_ties_go_by_later_keys_then_by_number():
     model, example = NETWORKS["conv3d"]()
     slices = UnitSlices(model, units_of(model, example))
