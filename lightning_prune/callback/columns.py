@@ -205,6 +205,12 @@ class ColumnRemoval(EntryRemoval):
         if not self.leaving(task, found).any():
             raise nothing_to_change(self.method, dict(found.alone))
 
+    def score(self, task: Task, found: Columns, pending: Sequence[Step], share: float | None) -> Weights:
+        """Return what is masked, and the units that die of it; with a share, what would leave now is masked, too."""
+        if share is not None:
+            pending = self.pruned(task.model, found, self.leaving(task, found))
+        return super().score(task, found, pending, share)
+
     def leaving(self, task: Task, found: Columns) -> NDArray[np.bool_]:
         """Return which columns would leave now, ``[columns]``, boolean; how many of each weight is what the fit will keep to.
 

@@ -112,9 +112,7 @@ class Cells:
             own = [s.parameter for s in self.weights if (s.parameter.dtype, s.parameter.device) == key]
             self._scratch[key] = weight.detach().new_empty(max(parameter.numel() for parameter in own))
         strides = torch.empty_like(weight, device="meta").stride()  # those of the weight unless its storage has gaps
-        return torch.abs(
-            weight.detach(), out=self._scratch[key][: weight.numel()].as_strided(weight.size(), strides)
-        )
+        return torch.abs(weight.detach(), out=self._scratch[key][: weight.numel()].as_strided(weight.size(), strides))
 
     def scores(self) -> Tensor:
         """Return the mean absolute value of what makes up a unit, ``[units]``."""

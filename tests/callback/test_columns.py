@@ -12,13 +12,14 @@ from lit import LitNet, loader, trainer
 from pytorch_lightning.callbacks import Callback
 from torch import nn
 
-from lightning_prune import load_from_checkpoint
+from lightning_prune import explain, load_from_checkpoint
 from lightning_prune.callback import Task, rehearse
 from lightning_prune.errors import BudgetError, ModelError, OptionError
 from lightning_prune.methods.increg import IncReg
 from lightning_prune.methods.magnitude import Magnitude
 from lightning_prune.probe import Probe
 from lightning_prune.structure.calls import as_calls
+from lightning_prune.structure.steps import MaskWeight
 
 LAYERS = {  # by name: a layer whose channels nothing else reads, and its input
     "Linear": (lambda: nn.Linear(5, 4), (3, 5)),
@@ -44,6 +45,23 @@ def columns(layer):
             out = slice(None) if swapped else slice(group * per_group[1], (group + 1) * per_group[1])
             found.append((group * per_group[0] + i, out, *tap) if swapped else (out, i, *tap))
     return found
+
+
+def test_explain_answers_with_the_end_of_the_schedule_of_the_weights_as_they_are():
+    model, method = LitNet(), IncReg(sparsity=0.6, units="columns")
+    before = copy.deepcopy(model.state_dict())
+    answer = explain(model, method=method)
+    masks = {step.key: step.mask for step in answer.plan.steps if isinstance(step, MaskWeight)}
+    found = method.removal.look(task_of(model))
+    assert [*masks] == [*found.tensors]
+    for key, mask in masks.items():
+        sizes = model.get_parameter(key).detach().abs().mean(0).flatten()
+        left = mask.flatten(1).any(0)
+        assert torch.equal(left, mask.flatten(1).all(0))
+        assert sizes[left].min() > sizes[~left].max()
+        assert abs(int((~left).sum()) - 0.6 * left.numel()) < 1
+    assert sum(int((~mask).sum()) for mask in masks.values()) >= 0.6 * found.entries
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
 
 
 def task_of(model):

@@ -62,9 +62,7 @@ def test_weights_whose_storage_has_gaps_score_and_train_as_others(options, tmp_p
         weight = models[1].net[layer].weight.detach()
         models[1].net[layer].weight = nn.Parameter(torch.cat([weight, weight], 1)[:, : weight.shape[1]])
         assert not models[1].net[layer].weight.is_contiguous()
-    watches = [
-        fit(IncReg(sparsity=0.5, **options), tmp_path, model, noise(model), max_epochs=4)[1] for model in models
-    ]
+    watches = [fit(IncReg(sparsity=0.5, **options), tmp_path, model, noise(model), max_epochs=4)[1] for model in models]
     assert watches[0].gone[-1].any()
     for kind in ("values", "gone"):
         assert all(map(torch.equal, *(getattr(watch, kind) for watch in watches)))
