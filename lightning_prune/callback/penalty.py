@@ -181,6 +181,10 @@ class Penalty(Growth):
                 f"{type(self).__name__}: no optimizer holds a weight that could leave. Give self.parameters() to the optimizer."
             )
         steady = min(pace.steady for pace in self.paces)
+        if math.isinf(steady) and (self.ceiling is None or any(len(pace.rates) > 1 for pace in self.paces)):
+            raise TrainerError(
+                f"{type(self).__name__}: the planned learning rate is 0, so that no penalty acts. Raise it, or look at its schedule."
+            )
         ceiling = steady if self.ceiling is None else float(self.ceiling)
         tightest = min(self.paces, key=lambda pace: pace.limit)
         if ceiling >= tightest.limit:
@@ -189,8 +193,6 @@ class Penalty(Growth):
                 f"follow penalties below {tightest.limit:.4g} only, beyond it they grow instead of shrinking. Lower ceiling to "
                 f"{steady:.3g} or less, leave it out, or lower the learning rate."
             )
-        if not math.isfinite(ceiling):
-            raise TrainerError(f"{type(self).__name__}: the planned learning rate is 0, so that no penalty acts.")
         if ceiling > steady:
             log.warning(
                 "%s(ceiling=%g) takes %.0f %% of a weight per step, momentum included; beyond %.0f %% training may suffer; %.3g is safe.",

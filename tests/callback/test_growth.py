@@ -672,6 +672,14 @@ def test_a_learning_rate_that_makes_the_penalty_unstable_is_an_error_before_trai
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [IncReg, GReg])
+@pytest.mark.parametrize("ceiling", [None, 1.0])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_a_planned_learning_rate_of_0_is_an_error_that_says_so(kind, ceiling, optimizer, tmp_path):
+    with pytest.raises(TrainerError, match="planned learning rate is 0, so that no penalty acts"):
+        started(kind(sparsity=0.5, ceiling=ceiling), tmp_path, LitNet(optimizer=optimizer, lr=0.0), max_epochs=2)
+
+
 def test_the_rate_that_counts_is_the_largest_planned_one(tmp_path):
     class Warm(LitNet):
         def configure_optimizers(self):
