@@ -296,7 +296,7 @@ class Growth(Masking):
         Raises:
             BudgetError: If the budget cannot be met.
             OptionError: If the options do not fit the planned steps.
-            TrainerError: If the Trainer plans too few.
+            TrainerError: If the Trainer plans too few, or no optimizer holds a weight that would have to shrink.
         """
         if self._done or self._task is None:
             return
@@ -311,11 +311,30 @@ class Growth(Masking):
         if trainer.world_size > 1:
             quota = trainer.strategy.broadcast(quota.cpu(), src=0).to(device)
         self.quota, self.left, self._seen = quota, quota, self.steps
+        self._check_held(trainer, pl_module)
         course = Course.of(trainer)
         steps = None if course is None else sum(epoch >= self.start_epoch for epoch, *_ in course)
         self._stride = max(1, -(-(steps or 10_000) // POINTS))
         self._debugging = bool(trainer.fast_dev_run)
         self.prepare(trainer, pl_module, steps)
+
+    def _check_held(self, trainer: Any, module: Any) -> None:
+        """Raise if no optimizer holds a weight that writes units which may leave.
+
+        Raises:
+            TrainerError: Names the layers.
+        """
+        held = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        leaves = nn.functional.pad((self.quota > 0)[self.slices.cell], (0, 1))
+        left_out = {
+            own.parameter for own in self.slices.weights if own.parameter not in held and own.along(leaves).any()
+        }
+        if left_out:
+            names = sorted({name.rpartition(".")[0] for name, p in module.named_parameters() if p in left_out})
+            raise TrainerError(
+                f"{type(self).__name__}: no optimizer holds the weights of {', '.join(map(repr, names))}, so that nothing could shrink what leaves "
+                f"there. Give their parameters to the optimizer, or leave these layers alone: exclude={names}."
+            )
 
     def _needs(self, steps: int | None, needed: int) -> None:
         """Raise if fewer steps are planned than are needed, but in a ``fast_dev_run``.

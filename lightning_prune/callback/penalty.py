@@ -173,13 +173,9 @@ class Penalty(Growth):
 
         Raises:
             OptionError: If a penalty as large as ``ceiling`` would make weights grow.
-            TrainerError: If no optimizer holds the weights.
+            TrainerError: If the planned learning rate is 0.
         """
         self.paces = [pace for optimizer in trainer.optimizers for pace in self._paces(trainer, module, optimizer)]
-        if not self.paces:
-            raise TrainerError(
-                f"{type(self).__name__}: no optimizer holds a weight that could leave. Give self.parameters() to the optimizer."
-            )
         steady = min(pace.steady for pace in self.paces)
         if math.isinf(steady) and (self.ceiling is None or any(len(pace.rates) > 1 for pace in self.paces)):
             raise TrainerError(

@@ -736,6 +736,28 @@ def test_frozen_layers_keep_their_channels_and_explain_why(tmp_path):
     assert "no weight that trains writes it" in method.plan.left_alone["net.0"]
 
 
+class Partly(LitNet):
+    """Leaves a layer out of its optimizer that is not frozen."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for i, layer in enumerate(self.net) if i != 3 for p in layer.parameters()], 0.05)
+
+
+@pytest.mark.parametrize("kind", [IncReg, GReg, SPP])
+def test_layers_that_no_optimizer_holds_are_named_before_training_and_may_be_left_alone(kind, tmp_path):
+    with pytest.raises(TrainerError, match=r"no optimizer holds the weights of 'net\.3'.*exclude=\['net\.3'\]"):
+        started(kind(sparsity=0.5, align=1), tmp_path, Partly(), max_epochs=4)
+    for options in ({"sparsity": 0.5, "exclude": ["net.3"]}, {"sparsity": {"net.0": 0.5, "net.8": 0.5}}):
+        model = Partly()
+        started(kind(align=1, **options), tmp_path, model, max_epochs=16)
+        assert [model.net[layer].weight.shape[0] for layer in LAYERS] == [8, 24, 16]
+
+
+def test_columns_that_no_optimizer_holds_are_named_before_training(tmp_path):
+    with pytest.raises(TrainerError, match=r"no optimizer holds the weights of 'net\.3'"):
+        started(IncReg(sparsity=0.5, units="columns"), tmp_path, Partly(), max_epochs=4)
+
+
 @pytest.mark.parametrize("kind", [IncReg, GReg])
 def test_no_candidates_and_bounds_that_bind_are_errors_before_training(kind):
     model = LitNet()
