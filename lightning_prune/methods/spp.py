@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_prune.callback.checks import check_choice, check_integer
 from lightning_prune.callback.growth import Growth
 from lightning_prune.callback.ratios import Ratios
-from lightning_prune.errors import OptionError
+from lightning_prune.errors import OptionError, TrainerError
 from lightning_prune.methods.increg import GROWING, punishment, steepness_for, updates_needed
 from lightning_prune.structure.groups import Structure
 from lightning_prune.structure.select import Pattern
@@ -158,7 +158,7 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[tuple[
     return [(key, value) for key, value in kept if isinstance(value, Tensor) and value.shape == parameter.shape]
 
 
-STRENGTH, EVERY = 0.05, 180  # of the authors
+STRENGTH = 0.05  # of the authors
 _LAST = 0.75  # share of the planned steps after which, by default, the rest leaves; then the network trains on without what has left
 
 
@@ -252,8 +252,13 @@ class SPP(Growth):
         """Derive pace and strength from the planned steps.
 
         Raises:
-            TrainerError: If the Trainer plans fewer steps than ``every_n_steps * max_updates``.
+            TrainerError: If the Trainer plans fewer steps than ``every_n_steps * max_updates``, or none from which the pace could be derived.
         """
+        if self.every_n_steps is None and steps is None:
+            raise TrainerError(
+                "SPP: the fit has no planned number of steps from which every_n_steps could be derived. Give max_steps, or every_n_steps; "
+                "strength and max_updates, too, set the pace."
+            )
         size, quota, clip = self.slices.size, self.quota, None if self.official else 1.0
         strength = self.strength or STRENGTH
         needed = updates_needed(size, quota, 1 / strength, "exponential", clip)
@@ -262,7 +267,7 @@ class SPP(Growth):
             if needed > half:
                 strength = 1 / steepness_for(size, quota, half, "exponential", clip)
                 needed = updates_needed(size, quota, 1 / strength, "exponential", clip)
-        every = self.every_n_steps or (EVERY if steps is None else max(1, int(GROWING * steps) // needed))
+        every = self.every_n_steps or max(1, int(GROWING * (steps or 0)) // needed)
         most = self.max_updates or int(min(2 * needed, max(needed, _LAST * (steps or math.inf) // every)))
         self._needs(steps, every * most)
         self.numbers = {"strength": strength, "every_n_steps": every, "max_updates": most}

@@ -571,6 +571,24 @@ def test_too_few_planned_steps_are_told_before_training_with_the_number(tmp_path
     assert method.plan.steps
 
 
+def test_a_fit_without_a_planned_end_needs_a_pace_and_keeps_to_it(tmp_path):
+    model, endless = LitNet(), {"max_epochs": -1, "max_time": {"seconds": 20}}
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TrainerError, match=r"no planned number of steps.*Give max_steps, or every_n_steps"):
+        fit(SPP(sparsity=0.5, align=1), tmp_path, model, **endless)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            trainer.should_stop = method.over
+
+    method = SPP(sparsity=0.5, align=1, every_n_steps=2)
+    run = trainer(tmp_path, callbacks=[method, Stop()], **endless)
+    run.fit(model, loader())
+    assert run.global_step <= 2 * method.numbers["max_updates"]
+    assert [model.net[layer].weight.shape[0] for layer in (0, 3, 8)] == [8, 12, 16]
+
+
 def test_options_build_the_same_callback_again():
     method = SPP(flops=0.5, strength=0.1, official=True, ratios={"net.*": 1.0}, seed=3)
     assert SPP(**method.options()).options() == method.options()
