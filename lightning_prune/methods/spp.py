@@ -18,6 +18,7 @@ target; ``official=True`` keeps that. After ``max_updates`` those leave that are
 
 import logging
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,19 +57,19 @@ def grown(p: Tensor, ranks: Tensor, missing: Tensor, live: Tensor, strength: flo
     return found.where((p < 1) & (found < 1 - 1e-9), 1.0)  # n steps of A / n make 1, whatever the rounding
 
 
-def absent(p: NDArray[np.float64], seed: int, group: int, step: int) -> NDArray[np.bool_]:
+def absent(p: NDArray[np.float64], seed: int, layer: str, step: int) -> NDArray[np.bool_]:
     """Draw which units of a layer are absent from a training step.
 
     Args:
         p: Probabilities, ``[units]``.
-        seed: With ``group`` and ``step`` all that the draw depends on; any whole numbers of at least 0.
-        group: Number of the layer.
+        seed: With ``layer`` and ``step`` all that the draw depends on; at least 0.
+        layer: Name of the layer.
         step: Number of the step.
 
     Returns:
         ``[units]``, boolean.
     """
-    drawn: NDArray[np.bool_] = np.random.default_rng((seed, group, step)).random(len(p)) < p
+    drawn: NDArray[np.bool_] = np.random.default_rng((seed, zlib.crc32(layer.encode()), step)).random(len(p)) < p
     return drawn
 
 
@@ -244,7 +245,7 @@ class SPP(Growth):
         """Forget the fit before this one."""
         super().reset()
         self._absence: Absence | None = None
-        self._chances: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = []
+        self._chances: list[tuple[str, NDArray[np.int64], NDArray[np.float64]]] = []
 
     # Probabilities --------------------------------------------------------------------------------------------------------------
 
@@ -306,10 +307,10 @@ class SPP(Growth):
     # Draws ----------------------------------------------------------------------------------------------------------------------
 
     def _note_chances(self) -> None:
-        """Note number, units and probabilities of every cell with something to draw."""
-        p, cell = self.values.masked_fill(self.gone, 0).cpu().numpy(), self.slices.cell.cpu().numpy()
-        units = {int(number): np.flatnonzero(cell == number) for number in np.unique(cell[p > 0])}
-        self._chances = [(number, own, p[own]) for number, own in units.items()]
+        """Note name, units and probabilities of every group with something to draw."""
+        p = self.values.masked_fill(self.gone, 0).cpu().numpy()
+        groups = self.removal.groups(self._found)
+        self._chances = [(group.name, group.units, p[group.units]) for group in groups if p[group.units].any()]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Stand ready to draw.
@@ -329,8 +330,8 @@ class SPP(Growth):
         super().on_step_begin(trainer, module)
         if self._absence is not None and self._chances:
             away = np.zeros(self.slices.count, bool)
-            for cell, units, p in self._chances:
-                away[units] = absent(p, self.seed, cell, self.steps)
+            for name, units, p in self._chances:
+                away[units] = absent(p, self.seed, name, self.steps)
             self._absence.begin(away)
 
     def on_gradients(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -139,12 +139,12 @@ def test_without_averages_and_clip_noise_stalls_what_ends_without_noise():
 
 def test_channels_are_absent_as_often_as_their_probability_says():
     p, steps = np.array([0.0, 1e-3, 0.25, 0.5, 0.9, 1.0]), 20000
-    rate = np.mean([absent(p, 3, 1, step) for step in range(steps)], 0)
+    rate = np.mean([absent(p, 3, "net.0", step) for step in range(steps)], 0)
     assert (abs(rate - p) <= 4 * np.sqrt(p * (1 - p) / steps)).all()
 
 
 def test_draws_of_channels_groups_steps_and_seeds_are_independent():
-    keys = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2))
+    keys = ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1), (0, "a", 2))
     table = 2.0 * np.array([absent(np.full(400, 0.5), *key) for key in keys]) - 1
     shared = table @ table.T / 400 - np.eye(len(keys))
     assert abs(shared).max() < 4 / 400**0.5
@@ -154,11 +154,11 @@ def test_draws_of_channels_groups_steps_and_seeds_are_independent():
 def test_another_process_draws_the_same():
     code = (
         "import numpy as np; from lightning_prune.methods.spp import absent; np.random.seed(77); "
-        "print([absent(np.linspace(0, 1, 40), 5, g, s).tolist() for g in range(3) for s in (0, 10**9)])"
+        "print([absent(np.linspace(0, 1, 40), 5, g, s).tolist() for g in 'abc' for s in (0, 10**9)])"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     p = np.linspace(0, 1, 40)
-    assert other.strip() == str([absent(p, 5, g, s).tolist() for g in range(3) for s in (0, 10**9)])
+    assert other.strip() == str([absent(p, 5, g, s).tolist() for g in "abc" for s in (0, 10**9)])
 
 
 # Absence ------------------------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_the_mean_output_is_the_share_of_steps_in_which_a_unit_is_there():
     expected = (inner * (1 - p)) @ model[1].weight.detach().T
     for step in range(steps):
         away = np.zeros(structure.count, bool)
-        away[units] = absent(p.numpy(), 0, 0, step)
+        away[units] = absent(p.numpy(), 0, "0", step)
         absence.begin(away)
         with torch.no_grad():
             total = total + model(x)
@@ -468,6 +468,33 @@ class Skipping(Precision):
         if self.count % 3:
             optimizer.step(**options)
         return result
+
+
+def test_what_a_layer_draws_does_not_depend_on_which_other_layers_take_part(tmp_path):
+    class Even(SPP):
+        def start(self):
+            self.drawn = []
+            self.values.fill_(0.5)
+            self._note_chances()
+            begin = self._absence.begin
+            self._absence.begin = lambda away: (self._note(away), begin(away))
+
+        def _note(self, away):
+            self.drawn.append({group.name: away[group.units] for group in self._found.groups})
+
+        def grow(self):
+            pass
+
+    drawn = {}
+    for name, options in {"all": {}, "some": {"exclude": ["net.0"]}, "seed": {"seed": 1}}.items():
+        fit(method := Even(sparsity=0.5, align=1, every_n_steps=1, max_updates=2, **options), tmp_path, max_epochs=2)
+        drawn[name] = method.drawn
+    assert [*drawn["some"][0]] == ["net.3", "net.8"]
+    for one, other, third in zip(*drawn.values(), strict=True):
+        for layer in other:
+            assert (one[layer] == other[layer]).all()
+            assert 0 < other[layer].sum() < other[layer].size
+            assert (one[layer] != third[layer]).any()
 
 
 def test_a_skipped_step_counts_for_nothing_and_loses_nothing(tmp_path):
