@@ -228,6 +228,10 @@ class Growth(Masking):
         """Return which units will leave as it stands, ``[units]``, boolean; the history tells them from the others."""
         return self.gone | self.lowest(self.slices.scores())
 
+    def rounds(self) -> int:
+        """Return how many times ``values`` were updated until all that leaves was at zero, or until now."""
+        return self._dropped if self.over else self.updates
+
     # For methods ----------------------------------------------------------------------------------------------------------------
 
     def lowest(self, *keys: Tensor) -> Tensor:
@@ -316,6 +320,11 @@ class Growth(Masking):
         steps = None if course is None else sum(epoch >= self.start_epoch for epoch, *_ in course)
         self._stride = max(1, -(-(steps or 10_000) // POINTS))
         self._debugging = bool(trainer.fast_dev_run)
+        if steps == 0 and self.start_epoch and not self._debugging:
+            raise TrainerError(
+                f"{type(self).__name__}(start_epoch={self.start_epoch}): the fit ends before that epoch, so that nothing would grow. Lower start_epoch, "
+                "or train for more epochs."
+            )
         self.prepare(trainer, pl_module, steps)
 
     def _check_held(self, trainer: Any, module: Any) -> None:
@@ -380,6 +389,13 @@ class Growth(Masking):
 
     def _close(self, trainer: Any, pl_module: Any) -> None:
         if self._begun:
+            log.info(
+                "%s: the %s was updated %d times in %d steps.",
+                type(self).__name__,
+                self.grown,
+                self.rounds(),
+                self.updates,
+            )
             self._pending = self._plan_for(pl_module, self.settled())
             if not self._pending:
                 log.warning(
@@ -482,7 +498,7 @@ class Growth(Masking):
         picture = self.picture()
         text = (
             f"What is left of the weights of units that stay and of units that leave, as a share of their sizes at the start, over {self.updates:,} "
-            f"optimizer steps, and the {self.grown} that grew."
+            f"optimizer steps, and the {self.grown} that grew, which was updated {self.rounds():,} times."
         )
         if all(map(math.isfinite, self.losses)):
             text += " The loss of the first training batches, in eval mode, was {:.4g} before the removal and {:.4g} after it.".format(

@@ -213,6 +213,10 @@ class GReg(Penalty):
         elif over:
             self._full = self.updates
 
+    def rounds(self) -> int:
+        """Return how many times the penalty gained."""
+        return int((self.updates if self._full is None else self._full) // self.numbers.get("every", 1))
+
     def likely(self) -> Tensor:
         """Return what was chosen, ``[units]``, boolean; before, what would be."""
         return super().likely() if self.chosen is None else self.chosen

@@ -300,6 +300,10 @@ class SPP(Growth):
             self.drop(gone)
         self._note_chances()
 
+    def rounds(self) -> int:
+        """Return how many times probabilities were updated."""
+        return super().rounds() // int(self.numbers.get("every_n_steps", 1))
+
     def likely(self) -> Tensor:
         """Return which units will leave as it stands, ``[units]``, boolean."""
         return self.gone | self.lowest(-self.values, self.slices.scores())

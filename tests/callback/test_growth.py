@@ -753,6 +753,28 @@ def test_layers_that_no_optimizer_holds_are_named_before_training_and_may_be_lef
         assert [model.net[layer].weight.shape[0] for layer in LAYERS] == [8, 24, 16]
 
 
+@pytest.mark.parametrize("kind", [IncReg, GReg, SPP])
+@pytest.mark.parametrize("start", [2, 5])
+def test_a_fit_that_ends_before_start_epoch_is_an_error_with_the_remedy(kind, start, tmp_path):
+    with pytest.raises(
+        TrainerError, match=rf"start_epoch={start}\): the fit ends before that epoch.*Lower start_epoch"
+    ):
+        started(kind(sparsity=0.5, start_epoch=start), tmp_path, max_epochs=2)
+
+
+@pytest.mark.parametrize("kind", [IncReg, SPP])
+def test_the_number_of_updates_is_told(kind, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "lightning_prune")
+    method = kind(sparsity=0.5, align=1, **({"every_n_steps": 2} if kind is SPP else {}))
+    _, watch = fit(method, tmp_path, max_epochs=16)
+    counts = [int(gone.sum()) for gone in watch.gone]
+    every = 2 if kind is SPP else 1
+    expected = counts.index(counts[-1]) // every  # entry k is seen after k steps
+    assert f"was updated {expected} times in 64 steps" in caplog.text
+    assert f"updated {expected} times" in method.exhibits()[0].text
+    assert 0 < expected < 64 // every
+
+
 def test_columns_that_no_optimizer_holds_are_named_before_training(tmp_path):
     with pytest.raises(TrainerError, match=r"no optimizer holds the weights of 'net\.3'"):
         started(IncReg(sparsity=0.5, units="columns"), tmp_path, Partly(), max_epochs=4)
