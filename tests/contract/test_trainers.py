@@ -209,6 +209,7 @@ def test_manual_optimization_with_two_optimizers(name, tmp_path):
         "GraSP",
         "KFE",
         "LossModel",
+        "OptimalBrain",
         "SNIP",
     ):  # they score by the loss, which this step does not return
         with pytest.raises(
