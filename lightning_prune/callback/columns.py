@@ -205,9 +205,9 @@ class ColumnRemoval(EntryRemoval):
         if not self.leaving(task, found).any():
             raise nothing_to_change(self.method, dict(found.alone))
 
-    def score(self, task: Task, found: Columns, pending: Sequence[Step], share: float | None) -> Weights:
+    def score(self, task: Task, found: Weights, pending: Sequence[Step], share: float | None) -> Weights:
         """Return what is masked, and the units that die of it; with a share, what would leave now is masked, too."""
-        if share is not None:
+        if share is not None and isinstance(found, Columns):
             pending = self.pruned(task.model, found, self.leaving(task, found))
         return super().score(task, found, pending, share)
 

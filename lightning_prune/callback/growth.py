@@ -322,8 +322,8 @@ class Growth(Masking):
         self._debugging = bool(trainer.fast_dev_run)
         if steps == 0 and self.start_epoch and not self._debugging:
             raise TrainerError(
-                f"{type(self).__name__}(start_epoch={self.start_epoch}): the fit ends before that epoch, so that nothing would grow. Lower start_epoch, "
-                "or train for more epochs."
+                f"{type(self).__name__}(start_epoch={self.start_epoch}): the fit ends before that epoch, so that nothing would grow. Lower "
+                "start_epoch, or train for more epochs."
             )
         self.prepare(trainer, pl_module, steps)
 
