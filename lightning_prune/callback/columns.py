@@ -7,6 +7,7 @@ all columns have left is read no more, and where nobody reads a channel, the fil
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -25,8 +26,11 @@ from lightning_prune.callback.task import Task
 from lightning_prune.callback.unit_slices import Cells
 from lightning_prune.callback.weights import EntryRemoval, Weights
 from lightning_prune.errors import BudgetError, OptionError
+from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.select import Pattern
-from lightning_prune.structure.steps import MaskWeight, Step
+from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
+
+log = logging.getLogger(__name__)
 
 ScoreColumns = Callable[[Task, Any, NDArray[np.bool_]], NDArray[np.float64]]  # as GrowthRemoval's, of Columns
 
@@ -210,6 +214,32 @@ class ColumnRemoval(EntryRemoval):
         if share is not None and isinstance(found, Columns):
             pending = self.pruned(task.model, found, self.leaving(task, found))
         return super().score(task, found, pending, share)
+
+    def plan(self, task: Task, scores: Weights, steps: tuple[Step, ...]) -> Plan:
+        """Return the masks and the removal of filters that nobody reads, and tell what leaves with these beside the target."""
+        left = {key: mask.cpu() for key, mask in scores.kept.items()}
+        cuts = [
+            (step.key(name), cut)
+            for step in scores.dead
+            if isinstance(step, KeepChannels)
+            for name, cut in step.tensors.items()
+        ]
+        for key, cut in cuts:
+            if key in left:
+                left[key] = cut.select(left[key])
+        before, after = (sum(int(mask.sum()) for mask in masks.values()) for masks in (scores.kept, left))
+        if after < before:
+            log.warning(
+                "%s(units='columns', sparsity=%s): filters that nobody reads any more leave, too, and with them %d weights beside the masked ones; "
+                "%d of %d stay. Where a column is a whole input, as in a classifier, each takes a filter along: to keep these, name such "
+                "layers in exclude.",
+                self.method,
+                self.by_layer or self.sparsity,
+                before - after,
+                after,
+                scores.entries,
+            )
+        return super().plan(task, scores, steps)
 
     def leaving(self, task: Task, found: Columns) -> NDArray[np.bool_]:
         """Return which columns would leave now, ``[columns]``, boolean; how many of each weight is what the fit will keep to.

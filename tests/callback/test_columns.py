@@ -249,6 +249,22 @@ def test_a_channel_with_a_single_column_left_keeps_its_filter(tmp_path):
     assert model.net[0].weight.shape[0] == 5
 
 
+def test_what_leaves_with_filters_beside_the_target_is_told_where_any_does(caplog):
+    for options, told in (({}, True), ({"include": "net.0"}, False)):
+        caplog.clear()
+        model = LitNet()
+        names = [name for name, p in model.named_parameters() if p.ndim > 1]
+        answer = explain(model, method=IncReg(sparsity=0.6, units="columns", **options))
+        masks = {step.key: step.mask for step in answer.plan.steps if isinstance(step, MaskWeight)}
+        if told:
+            hidden = masks["net.10.weight"].any(0)  # what the classifier still reads
+            lost = int(masks["net.8.weight"][~hidden].sum())
+            left = sum(int(masks[name].sum()) for name in names) - lost
+            whole = sum(model.get_parameter(name).numel() for name in names)
+            assert f"with them {lost} weights beside the masked ones; {left} of {whole} stay" in caplog.text
+        assert ("beside the masked ones" in caplog.text) == told
+
+
 # A fit --------------------------------------------------------------------------------------------------------------------------
 
 
