@@ -203,7 +203,7 @@ def test_activations_that_are_not_finite_are_refused_by_the_name_of_the_layer():
 
 def test_official_without_a_loss_is_refused():
     x = batches(2)[0][0]
-    with pytest.raises(ModelError, match="gave no loss"):
+    with pytest.raises(ModelError, match="outside of a fit none is known: give loss="):
         compress(net(), SiPP(sparsity=0.5, official=True), x, data=[x])
 
 
