@@ -20,8 +20,7 @@ from lightning_prune.structure.layers import DenseLayer, is_plain
 from lightning_prune.structure.obstacles import obstacle
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.replaceable import replaceable
-from lightning_prune.structure.rotated import Directions, Form, Rotated, calls_of, factors_of
-from lightning_prune.structure.rotated import cost as rotated_cost
+from lightning_prune.structure.rotated import Directions, Form, Rotated, Side, calls_of, cost, factors_of, forms_of
 from lightning_prune.structure.select import Pattern
 from lightning_prune.structure.steps import Rotate, Step
 
@@ -38,23 +37,17 @@ class Site:
 
     Attributes:
         module: What the plan changes: a dense layer, or one that has been rotated before.
-        core: Name of the layer whose inputs and outputs the directions are of: the module itself, or its core.
-        layer: That layer.
+        layer: The layer whose inputs and outputs the directions are of: the module itself, or its core.
         shapes: Shapes of input and output of every call of the module.
         inputs: Directions of the inputs that stay as far as it is decided, orthonormal columns, ``[c_i, directions]``; None: all.
         outputs: Of the outputs, ``[c_o, directions]``, likewise.
     """
 
     module: nn.Module
-    core: str
     layer: DenseLayer
     shapes: Shapes
     inputs: Tensor | None = None
     outputs: Tensor | None = None
-
-    def cost(self, form: Form) -> Cost:
-        """Return what the module costs in a form."""
-        return rotated_cost(self.module, form, self.shapes)
 
     @property
     def now(self) -> Kept:
@@ -194,10 +187,10 @@ class DirectionRemoval:
         kept = sum((n.inputs or shape[1]) + (n.outputs or shape[0]) for n, shape in sizes)
         have, dense = self.target.counts(task)
         saved = [(self._cost(site, _WHOLE), self._cost(site, site.now)) for site in scores.sites.values()]
-        cost = have - sum(getattr(whole, self.target.name) - getattr(now, self.target.name) for whole, now in saved)
+        left = have - sum(getattr(whole, self.target.name) - getattr(now, self.target.name) for whole, now in saved)
         return {
             "removed/directions": 1 - kept / max(1, sum(shape[0] + shape[1] for _, shape in sizes)),
-            f"removed/{self.target.name}_share": cost / max(1, dense),
+            f"removed/{self.target.name}_share": left / max(1, dense),
         }
 
     def _sites(self, model: nn.Module, task: Task | None) -> tuple[dict[str, Site], dict[str, str]]:
@@ -218,8 +211,7 @@ class DirectionRemoval:
         layers, alone = replaceable(model, self.include, self.exclude, reason, (Rotated,))
         found = {}
         for name, module in layers.items():
-            core = f"{name}.core" if isinstance(module, Rotated) else name
-            found[name] = Site(module, core, factors_of(module)["core"], calls(name))
+            found[name] = Site(module, factors_of(module)["core"], calls(name))
         return found, alone
 
     def _choose(self, task: Task, scores: DirectionScores, share: float) -> dict[str, Kept | None]:
@@ -237,25 +229,24 @@ class DirectionRemoval:
 
     def _ladder(self, site: Site, own: RankedDirections, whole: Cost, now: int) -> tuple[Choice, ...]:
         def price(kept: Kept) -> int | None:
-            cost = self._cost(site, kept)
-            cheaper = cost.params < whole.params and cost.flops < whole.flops
-            pays = cost.params <= whole.params if self.official else cheaper
-            return int(getattr(cost, self.target.name)) if pays else None
+            would = self._cost(site, kept)
+            cheaper = would.params < whole.params and would.flops < whole.flops
+            pays = would.params <= whole.params if self.official else cheaper
+            return int(getattr(would, self.target.name)) if pays else None
 
-        thin = _is_thin(site)
-        both = self.official or (self.separable and not thin)
-        sides = ("both",) if both else ("inputs", "outputs") if thin else ("inputs", "outputs", "both")
+        offered = forms_of(site.module)
+        sides: tuple[Side, ...] = ("both",) if self.official or (self.separable and "both" in offered) else offered
         return direction_choices(own.input_scores, own.output_scores, price, now, sides, self.limit, self.align)
 
     def _cost(self, site: Site, kept: Kept) -> Cost:
-        return site.cost(self._form(site, kept))
+        return cost(site.module, self._form(site, kept), site.shapes)
 
     def _form(self, site: Site, kept: Kept) -> Form:
         """Return the form that a layer takes with so many directions."""
         if kept == _WHOLE:
             return Form()
         widths = [kept.inputs or site.layer.weight.shape[1], kept.outputs or site.layer.weight.shape[0]]
-        separable = min(widths) if self.separable and not _is_thin(site) else None
+        separable = min(widths) if self.separable and "both" in forms_of(site.module) else None
         augmented = self.official and isinstance(site.layer, nn.Linear) and site.layer.bias is not None
         return Form(*kept, separable, augmented)
 
@@ -269,11 +260,6 @@ class DirectionRemoval:
         weights_in, weights_out = (None if w is None else w[:n] for w, n in zip(weights, kept, strict=True))
         directions = Directions(inputs, outputs, form.separable, form.augmented, weights_in, weights_out)
         return Rotate.of(name, site.module, directions)
-
-
-def _is_thin(site: Site) -> bool:
-    """Tell whether the kernel of a layer is one."""
-    return site.layer.weight[0, 0].numel() == 1
 
 
 def _obstacle(module: nn.Module) -> str | None:

@@ -23,7 +23,7 @@ import functools
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from lightning_prune.structure.factorized import Cost, Shapes, positions
 from lightning_prune.structure.layers import DenseLayer, describe, is_plain, layer_from
 from lightning_prune.structure.separable import Separable, separate
 
+Side: TypeAlias = Literal["inputs", "outputs", "both"]
 FACTORS = ("rotate_in", "core", "rotate_out")
 Specs: TypeAlias = Mapping[str, Mapping[str, Any]]  # by factor, in the order of FACTORS: descriptions of plain layers
 
@@ -266,30 +267,20 @@ def cost(layer: nn.Module, form: Form, shapes: Shapes) -> Cost:
     return Cost(late + biases, flops)
 
 
-def cheapest(layer: nn.Module, inputs: int | None, outputs: int | None, shapes: Shapes) -> Form | None:
-    """Choose the cheapest form in which at least given numbers of directions stay.
+def forms_of(layer: nn.Module) -> tuple[Side, ...]:
+    """Return of which sides directions may leave a layer: with a kernel of one, so that there are never more than two factors.
 
     Args:
         layer: A plain Linear, Conv1d, Conv2d or Conv3d, or a rotated layer.
-        inputs: Directions of its core's inputs that must stay; None for all.
-        outputs: Likewise of its outputs.
-        shapes: Shapes of input and output of every call of the layer, batch included.
-
-    Returns:
-        Inputs left out, outputs left out, or both, whichever has the fewest multiply-adds, then parameters; a Linear or pointwise convolution
-        gets at most two factors. None if no form has fewer than the layer of both, also for a layer that is never called.
 
     Raises:
-        ModelError: If the layer has no such form.
+        ModelError: If the layer has no rotated form.
     """
-    before, now, found = describe_factors(layer), cost(layer, Form(), shapes), []
-    most = 2 if _is_pointwise(before["core"]) else 3
-    for form in (Form(inputs), Form(None, outputs), Form(inputs, outputs)):
-        if form != Form() and len(rotated_specs(before, form)) <= most:
-            price = cost(layer, form, shapes)
-            if price.params < now.params and price.flops < now.flops:
-                found.append((price.flops, price.params, form))
-    return min(found, key=lambda entry: entry[:2])[2] if found else None
+    before = describe_factors(layer)
+    if not _is_pointwise(before["core"]):
+        return ("inputs", "outputs", "both")
+    other: dict[Side, str] = {"inputs": "rotate_out", "outputs": "rotate_in"}
+    return tuple(side for side, factor in other.items() if factor not in before)
 
 
 def calls_of(name: str, layer: nn.Module, shapes: Mapping[str, Shapes]) -> Shapes:

@@ -20,7 +20,7 @@ from lightning_prune.methods.kfe import core_of, eigenbasis, importances, ranked
 from lightning_prune.structure.calls import as_calls
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.rotated import Directions, Rotated, cost
+from lightning_prune.structure.rotated import Directions, Rotated, cost, factors_of, rotate
 from lightning_prune.structure.steps import Rotate
 from lightning_prune.structure.surgery import compact
 
@@ -330,6 +330,23 @@ def test_later_rounds_turn_the_cores_and_never_make_more_than_three_factors(tmp_
     assert all(len(m) <= 3 and all(isinstance(part, nn.Conv2d | nn.Linear) for part in m) for m in rotated)
     modules = [step.module for step in plan_of(model).steps]
     assert len(modules) > len(set(modules))  # some layer was turned more than once
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["inputs", "outputs"])
+def test_a_linear_layer_whose_directions_have_left_on_one_side_keeps_those_of_the_other_even_if_they_are_dead(side):
+    torch.manual_seed(0)
+    layer, some = nn.Linear(64, 64), torch.eye(64)[:, :48]
+    once = rotate(layer, Directions(*((some, None) if side == 0 else (None, some))))
+    model = nn.Sequential(nn.Flatten(), once, nn.ReLU(), nn.Linear(64, 4))
+    data = list(loader(32))
+    if side == 0:
+        nn.init.zeros_(model[3].weight[:, 8:])
+    else:
+        data = [(x * (torch.arange(8) < 1), y) for x, y in data]
+    for share in (0.9, 0.6, 0.3):
+        small, plan = compress(model, KFE(flops=share, align=1, include="1"), X, data, ce)
+        assert [(step.inputs is None, step.outputs is None) for step in plan.steps] == [(side == 1, side == 0)]
+        assert list(factors_of(small[1])) == list(factors_of(once))
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------------------
