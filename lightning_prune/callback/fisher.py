@@ -4,17 +4,18 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.callback.batches import loss_alone, no_loss
+from lightning_prune.callback.batches import function_of, loss_alone, no_loss
+from lightning_prune.callback.checks import check_choice, check_integer, named_module
 from lightning_prune.callback.task import Task
 from lightning_prune.curvature.eigenbasis import Eigenbasis
 from lightning_prune.curvature.kronecker import Factors, Kronecker, SecondMoments
 from lightning_prune.curvature.labels import Distribution, Sample, empirical_gradients, sampled_gradients
-from lightning_prune.errors import ModelError
+from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.probe import Probe
 from lightning_prune.structure.layers import DenseLayer
 
@@ -22,6 +23,40 @@ log = logging.getLogger(__name__)
 Labels = Literal["sampled", "empirical"]
 _NAME_LABELS = "Name it by distribution=, which may be a function that draws, or take the labels of the data by fisher='empirical'."
 _NAME_IT = "Name the module whose output the loss is computed from by logits_module=."
+
+
+class FisherOptions(Protocol):
+    """The options of a method that goes by the Fisher information; they are described in its constructor."""
+
+    fisher: Labels
+    distribution: str | Sample
+    logits_module: str | None
+    loss_fn: str | Callable[[Any, Any], Tensor] | None
+    calibration_batches: int
+    seed: int
+
+
+def check_fisher(method: FisherOptions) -> None:
+    """Check the options of a method.
+
+    Raises:
+        OptionError: If one is of the wrong type or out of range.
+    """
+    name = type(method).__name__
+    check_choice(method, "fisher", ("sampled", "empirical"))
+    check_integer(method, "calibration_batches", 1)
+    check_integer(method, "seed", 0)
+    if not isinstance(method.logits_module, str | None):
+        raise OptionError(f"{name}(logits_module={method.logits_module!r}): give the name of a submodule.")
+    if not isinstance(method.loss_fn, str | None) and not callable(method.loss_fn):
+        raise OptionError(f"{name}(loss_fn={method.loss_fn!r}): give a function or its dotted name.")
+    if not _draws(method.distribution):
+        check_choice(method, "distribution", ("auto", "categorical", "bernoulli", "gaussian"))
+
+
+def _draws(distribution: object) -> bool:
+    """Tell whether a distribution is a function that draws, or the dotted name of one."""
+    return callable(distribution) or (isinstance(distribution, str) and "." in distribution)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +80,18 @@ class Fisher:
     seed: int
     outputs: nn.Module | None = None
     loss: Callable[[nn.Module, Any], Tensor | None] | None = None
+
+    @classmethod
+    def of(cls, method: FisherOptions, model: nn.Module) -> Self:
+        """Return what the options of a method say for a model.
+
+        Raises:
+            OptionError: If there is no module or function of a name.
+        """
+        draw: Any = function_of(method, "distribution") if _draws(method.distribution) else method.distribution
+        outputs = None if method.logits_module is None else named_module(method, "logits_module", model)
+        loss = None if method.loss_fn is None else function_of(method, "loss_fn")
+        return cls(type(method).__name__, method.fisher, draw, method.calibration_batches, method.seed, outputs, loss)
 
     def factors(
         self, task: Task, layers: Mapping[str, DenseLayer], *, patches: bool = False, homogeneous: bool = False

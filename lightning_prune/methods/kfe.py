@@ -22,16 +22,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.callback.batches import function_of
 from lightning_prune.callback.channel_target import ChannelTarget
-from lightning_prune.callback.checks import check_choice, check_integer, check_probability, named_module
+from lightning_prune.callback.checks import check_choice, check_integer, check_probability
 from lightning_prune.callback.directions import DirectionRemoval, RankedDirections, Site
-from lightning_prune.callback.fisher import Fisher
+from lightning_prune.callback.fisher import Fisher, check_fisher
 from lightning_prune.callback.masking import Masking
 from lightning_prune.callback.task import Task
 from lightning_prune.curvature.eigenbasis import Eigenbasis, directions
 from lightning_prune.curvature.kronecker import Kronecker
-from lightning_prune.errors import ModelError, OptionError
+from lightning_prune.errors import ModelError
 from lightning_prune.structure.layers import DenseLayer
 from lightning_prune.structure.select import Pattern
 
@@ -172,18 +171,11 @@ class KFE(Masking):
         self.calibration_batches, self.limit, self.align, self.seed = calibration_batches, limit, align, seed
         self.separable, self.official = separable, official
         check_choice(self, "scaling", ("ekfac", "kfac"))
-        check_choice(self, "fisher", ("sampled", "empirical"))
         check_choice(self, "separable", (False, True, "frobenius", "curvature"))
         check_choice(self, "official", (False, True))
         check_probability(self, "limit")
-        for name, least in (("calibration_batches", 1), ("align", 1), ("seed", 0)):
-            check_integer(self, name, least)
-        if not isinstance(logits_module, str | None):
-            raise OptionError(f"KFE(logits_module={logits_module!r}): give the name of a submodule.")
-        if not isinstance(loss_fn, str | None) and not callable(loss_fn):
-            raise OptionError(f"KFE(loss_fn={loss_fn!r}): give a function or its dotted name.")
-        if not callable(distribution) and not (isinstance(distribution, str) and "." in distribution):
-            check_choice(self, "distribution", ("auto", "categorical", "bernoulli", "gaussian"))
+        check_integer(self, "align", 1)
+        check_fisher(self)
         target = ChannelTarget.of("KFE", flops, params)
         form: Literal[False, "frobenius", "curvature"] = "curvature" if separable is True else separable
         self.removal = DirectionRemoval(
@@ -199,7 +191,7 @@ class KFE(Masking):
             ModelError: If nothing can leave; says why for every layer.
         """
         super().rehearse(task)
-        self._information(task)
+        Fisher.of(self, task.model)
 
     def score_directions(self, task: Task, sites: Mapping[str, Site]) -> Mapping[str, RankedDirections]:
         """Return the directions of the layers in their eigenbases, with their importances.
@@ -207,7 +199,7 @@ class KFE(Masking):
         Raises:
             ModelError: If the model cannot be run for a loss, its outputs are not known, or something is not finite.
         """
-        information, layers = self._information(task), {name: site.layer for name, site in sites.items()}
+        information, layers = Fisher.of(self, task.model), {name: site.layer for name, site in sites.items()}
         factors = information.factors(task, layers, homogeneous=self.official)
         bases = {
             name: _shared(task, eigenbasis(own, sites[name].inputs, sites[name].outputs))
@@ -226,9 +218,8 @@ class KFE(Masking):
                 total,
                 "more calibration_batches, or " if self.fisher == "empirical" else "fisher='empirical', or ",
             )
-        ground = (
-            _TIES * total / max(1, entries) or 1.0
-        )  # of directions without information, those with the smallest weights leave first
+        # Of directions without information, those with the smallest weights leave first.
+        ground = _TIES * total / max(1, entries) or 1.0
         found = {}
         for name, basis in bases.items():
             try:
@@ -236,15 +227,6 @@ class KFE(Masking):
             except ModelError as error:
                 raise ModelError(f"KFE: layer {name!r} cannot be scored: {error}") from error
         return found
-
-    def _information(self, task: Task) -> Fisher:
-        """Return how the Fisher information is taken."""
-        draw: Any = self.distribution
-        if callable(draw) or "." in draw:
-            draw = function_of(self, "distribution")
-        outputs = None if self.logits_module is None else named_module(self, "logits_module", task.model)
-        loss = None if self.loss_fn is None else function_of(self, "loss_fn")
-        return Fisher("KFE", self.fisher, draw, self.calibration_batches, self.seed, outputs, loss)
 
 
 def _shared(task: Task, basis: Eigenbasis) -> Eigenbasis:

@@ -32,11 +32,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_prune.callback.batches import function_of
 from lightning_prune.callback.channel_layers import owners_of_weights
 from lightning_prune.callback.channels import ChannelPruning, ChannelRemoval, UnitScores, channel_removal
-from lightning_prune.callback.checks import check_choice, check_integer, named_module
-from lightning_prune.callback.fisher import Fisher
+from lightning_prune.callback.checks import check_choice
+from lightning_prune.callback.fisher import Fisher, check_fisher
 from lightning_prune.callback.task import Task
 from lightning_prune.curvature.kronecker import Kronecker
 from lightning_prune.errors import ModelError, OptionError
@@ -337,19 +336,11 @@ class OptimalBrain(ChannelPruning):
         self.calibration_batches, self.seed = calibration_batches, seed
         check_choice(self, "rule", ("c-obd", "c-obs", "kron-obd", "kron-obs"))
         check_choice(self, "official", (False, True))
-        check_choice(self, "fisher", ("sampled", "empirical"))
-        for name, least in (("calibration_batches", 1), ("seed", 0)):
-            check_integer(self, name, least)
         if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
             raise OptionError(
                 f"OptimalBrain(damping={damping!r}): give a positive number, a share of the mean eigenvalue."
             )
-        if not isinstance(logits_module, str | None):
-            raise OptionError(f"OptimalBrain(logits_module={logits_module!r}): give the name of a submodule.")
-        if not isinstance(loss_fn, str | None) and not callable(loss_fn):
-            raise OptionError(f"OptimalBrain(loss_fn={loss_fn!r}): give a function or its dotted name.")
-        if not callable(distribution) and not (isinstance(distribution, str) and "." in distribution):
-            check_choice(self, "distribution", ("auto", "categorical", "bernoulli", "gaussian"))
+        check_fisher(self)
         self.removal = SurgeonRemoval(**vars(channel_removal(self, self.score_units, self.scope)), brain=self)
         self.reset()
 
@@ -367,7 +358,7 @@ class OptimalBrain(ChannelPruning):
             ModelError: If nothing can leave; says why for every layer.
         """
         super().rehearse(task)
-        self._information(task)
+        Fisher.of(self, task.model)
 
     def score_units(self, task: Task, structure: Structure, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Return the sum over the rows that write every unit of their importance.
@@ -398,7 +389,7 @@ class OptimalBrain(ChannelPruning):
 
     def _rows(self, task: Task, layers: Mapping[str, DenseLayer], stays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the importance of every row, ``[rows]``, 0 of masked ones, by name of the layer; keep the factors that updates need."""
-        information = self._information(task)
+        information = Fisher.of(self, task.model)
         if self.rule == "c-obd":
             moments = information.moments(task, layers, dict.fromkeys(layers))
             weights = {name: layers[name].weight.detach().to(own) for name, own in moments.items()}
@@ -460,12 +451,3 @@ class OptimalBrain(ChannelPruning):
             yield
         except ModelError as error:
             raise ModelError(f"OptimalBrain: layer {layer!r}: {error}") from error
-
-    def _information(self, task: Task) -> Fisher:
-        """Return how the Fisher information is taken."""
-        draw: Any = self.distribution
-        if callable(draw) or "." in draw:
-            draw = function_of(self, "distribution")
-        outputs = None if self.logits_module is None else named_module(self, "logits_module", task.model)
-        loss = None if self.loss_fn is None else function_of(self, "loss_fn")
-        return Fisher("OptimalBrain", self.fisher, draw, self.calibration_batches, self.seed, outputs, loss)

@@ -12,6 +12,7 @@ from networks import BasicBlock, LSTMClassifier
 from torch import nn
 
 from lightning_prune import Magnitude, OptimalBrain, compress
+from lightning_prune.callback.fisher import Fisher
 from lightning_prune.callback.task import Task
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.methods.optimal_brain import inverse
@@ -246,7 +247,7 @@ def test_a_channel_of_a_residual_stream_counts_the_rows_of_all_layers_that_write
         assert (stream == found.by_tensor["1.conv2.weight"][0].units).all()
         values[rule] = own.values[stream]
     layers = {name: model.get_submodule(name) for name in ("0", "1.conv2")}
-    factors = brain("kron-obd")._information(task).factors(task, layers, patches=True, homogeneous=True)
+    factors = Fisher.of(brain("kron-obd"), task.model).factors(task, layers, patches=True, homogeneous=True)
     expected = dict.fromkeys(RULES, 0)
     for name, layer in layers.items():
         w, a, s = layer.weight.detach().flatten(1), factors[name].inputs[0], factors[name].outputs[0]
