@@ -31,6 +31,7 @@ from lightning_prune.callback import Compression, Task
 from lightning_prune.callback.checks import check_choice, check_integer, nothing_to_change
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.methods.low_rank import Target
+from lightning_prune.structure.factorized import positions
 from lightning_prune.structure.layers import DenseLayer, describe, is_plain
 from lightning_prune.structure.mpo import MPO as MPOLayer
 from lightning_prune.structure.mpo import WAYS, Training, positions_of, tensor_of, weight_from
@@ -72,7 +73,7 @@ def price(layer: DenseLayer, form: Form | None, shapes: Shapes, what: str) -> in
         return bias + (layer.weight.numel() if form is None else form.params)
     total = 0
     for inputs, outputs in shapes:
-        inner, outer = _positions(layer, inputs), _positions(layer, outputs)
+        inner, outer = positions(layer, inputs), positions(layer, outputs)
         total += (
             layer.weight.numel() * outer if form is None else form.multiply_adds(outer, inner)[form.way(outer, inner)]
         )
@@ -499,12 +500,3 @@ def _are_modes(modes: object) -> bool:
         and len(modes[0]) == len(modes[1])
         and all(type(size) is int and size >= 1 for side in modes for size in side)
     )
-
-
-def _positions(layer: DenseLayer, shape: Sequence[int]) -> int:
-    """Return the rows that a Linear sees, or batch times pixels of a map, from the shape of an input or output."""
-    if isinstance(layer, nn.Linear):
-        return int(torch.Size(shape[:-1]).numel())
-    extent = len(layer.kernel_size)
-    batch = shape[0] if len(shape) == extent + 2 else 1
-    return int(batch * torch.Size(shape[-extent:]).numel())

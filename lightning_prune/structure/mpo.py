@@ -135,14 +135,18 @@ class MPOLinear(MPO):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b``."""
-        way = self.way(math.prod(x.shape[:-1]))
+        rows = math.prod(x.shape[:-1])
+        way = self.way(rows)
         if way == "dense":
             return F.linear(x, self.dense_weight(), self.bias)
         z = F.pad(x, (0, self.form.columns - self.in_features)) if self.form.columns > self.in_features else x
         z = self._left(z) if way == "left" else self._right(z)
         z = z.reshape(*x.shape[:-1], self.form.rows)
         z = z[..., : self.out_features] if self.form.rows > self.out_features else z
-        return z if self.bias is None else z + self.bias.to(z.dtype)
+        if self.bias is None:
+            return z
+        bias = self.bias.to(z.dtype)
+        return z + (bias.reshape(z.shape) if rows == 1 else bias)  # of one shape, whose gradient is no sum over rows
 
 
 class MPOConv(MPO):
@@ -260,10 +264,10 @@ def _product(matrix: Tensor, z: Tensor, rest: int) -> Tensor:
     """Multiply ``[r, c]`` with ``z``, ``[m, c, rest]`` in any shape; the result is ``[m, r, rest]`` likewise."""
     inner = matrix.shape[1]
     if rest == 1:
-        return F.linear(z.reshape(-1, inner), matrix)
+        return torch.mm(z.reshape(-1, inner), matrix.t())
     if torch.compiler.is_exporting():
         return matrix @ z.reshape(-1, inner, rest)  # the runtime spreads the matrix, and any batch will do
     if z.numel() == inner * rest:
-        return matrix @ z.reshape(inner, rest)
+        return torch.mm(matrix, z.reshape(inner, rest))
     z = z.reshape(-1, inner, rest)
     return torch.bmm(matrix.expand(z.shape[0], -1, -1), z)

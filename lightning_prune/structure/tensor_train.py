@@ -13,6 +13,7 @@ All decompositions are computed in float64.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -92,19 +93,7 @@ class Form:
             inner: Input positions in all; by default as many.
         """
         inner = outer if inner is None else inner
-        ends = (1, *self.bonds, 1)
-        left = right = 0
-        for k, (j, i) in enumerate(zip(self.outputs, self.inputs, strict=True)):
-            here = ends[k] * ends[k + 1] * j * i
-            left += here * math.prod(self.outputs[:k]) * math.prod(self.inputs[k + 1 :])
-            right += here * math.prod(self.outputs[k + 1 :]) * math.prod(self.inputs[:k])
-        spatial = ends[len(self.inputs)] * self.kernel * outer
-        dense = self.rows * self.columns * max(self.kernel, 1) * outer + self._joining()
-        return {
-            "left": left * inner + self.rows * spatial,
-            "right": right * outer + self.columns * spatial,
-            "dense": dense,
-        }
+        return {way: a * inner + b * outer + c for way, (a, b, c) in self._products.items()}
 
     def way(self, outer: int = 1, inner: int | None = None, allowed: Sequence[Way] = ("left", "right", "dense")) -> Way:
         """Choose the way to contract, by multiply-adds and elements moved; no clock is asked.
@@ -114,19 +103,40 @@ class Form:
             inner: Likewise.
             allowed: Ways to choose from; the first of equals is taken.
         """
-        costs, moved = self.multiply_adds(outer, inner), self._moved(outer, outer if inner is None else inner)
-        return min(allowed, key=lambda way: costs[way] + MOVED * moved[way])
+        inner = outer if inner is None else inner
+        work = {way: a * inner + b * outer + c for way, (a, b, c) in self._work.items()}
+        return min(allowed, key=work.__getitem__)
 
-    def _moved(self, outer: int, inner: int) -> dict[Way, int]:
-        """Elements of intermediate results."""
+    @functools.cached_property
+    def _products(self) -> dict[Way, tuple[int, int, int]]:
+        """Multiply-adds per input position, per output position, and once."""
+        ends = (1, *self.bonds, 1)
+        left = right = 0
+        for k, (j, i) in enumerate(zip(self.outputs, self.inputs, strict=True)):
+            here = ends[k] * ends[k + 1] * j * i
+            left += here * math.prod(self.outputs[:k]) * math.prod(self.inputs[k + 1 :])
+            right += here * math.prod(self.outputs[k + 1 :]) * math.prod(self.inputs[:k])
+        spatial = ends[len(self.inputs)] * self.kernel
+        weight = self.rows * self.columns * max(self.kernel, 1)
+        return {
+            "left": (left, self.rows * spatial, 0),
+            "right": (0, right + self.columns * spatial, 0),
+            "dense": (0, weight, self._joining()),
+        }
+
+    @functools.cached_property
+    def _work(self) -> dict[Way, tuple[int, int, int]]:
+        """What a choice goes by, likewise: multiply-adds, and elements of intermediate results times ``MOVED``."""
         ends = (*self.bonds, 1)
-        left = sum(
-            math.prod(self.outputs[: k + 1]) * ends[k] * math.prod(self.inputs[k + 1 :]) for k in range(len(self.bonds))
-        )
-        right = sum(
-            math.prod(self.inputs[: k + 1]) * ends[k] * math.prod(self.outputs[k + 1 :]) for k in range(len(self.bonds))
-        )
-        return {"left": left * inner, "right": right * outer, "dense": self.rows * self.columns * max(self.kernel, 1)}
+        cuts = range(len(self.bonds))
+        left = sum(math.prod(self.outputs[: k + 1]) * ends[k] * math.prod(self.inputs[k + 1 :]) for k in cuts)
+        right = sum(math.prod(self.inputs[: k + 1]) * ends[k] * math.prod(self.outputs[k + 1 :]) for k in cuts)
+        dense = self.rows * self.columns * max(self.kernel, 1)
+        moved: dict[Way, tuple[int, int, int]] = {"left": (left, 0, 0), "right": (0, right, 0), "dense": (0, 0, dense)}
+        return {
+            way: (a + MOVED * x, b + MOVED * y, c + MOVED * z)
+            for (way, (a, b, c)), (x, y, z) in zip(self._products.items(), moved.values(), strict=True)
+        }
 
     def _joining(self) -> int:
         """Multiply-adds of joining all cores to the dense weight: the pairs but the last, the last with the kernel, then both."""

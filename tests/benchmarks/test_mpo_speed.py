@@ -25,6 +25,8 @@ with warnings.catch_warnings():
 def seconds(layer, x, backward, repeats):
     start = time.process_time()
     for _ in range(repeats):
+        for tensor in (x, *layer.parameters()):
+            tensor.grad = None  # as optimizers leave them by default
         with torch.set_grad_enabled(backward):
             y = layer(x)
         if backward:
