@@ -323,7 +323,9 @@ def _contractions(layer: MPOLinear | MPOConv) -> list[Variant]:
 def _contracted(layer: MPOLinear | MPOConv, way: Way, transposed: bool) -> nn.Module:
     kinds = (_TransposedLinear, _TransposedConv) if transposed else (MPOLinear, MPOConv)
     like: Any = layer_from(_dense_spec(layer), device="meta", dtype=layer.cores[0].dtype)
-    small = kinds[isinstance(layer, MPOConv)](like, _OneWay(**vars(layer.form), fixed=way))
+    form = layer.form
+    one_way = _OneWay(form.outputs, form.inputs, form.bonds, form.kernel, way)
+    small = kinds[isinstance(layer, MPOConv)](like, one_way)
     small.cores, small.bias = layer.cores, layer.bias
     return small
 

@@ -34,6 +34,25 @@ def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1))
 
 
+class Twice(nn.Module):
+    """One linear layer called twice, one convolution called at two sizes; ``[N, 3, H, W]`` to ``[N, 4]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.linear = nn.Linear(5, 5)
+        self.into, self.head = nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.avg_pool2d(self.conv(x).tanh(), 2)).tanh().mean((2, 3))
+        return self.head(self.linear(self.linear(self.into(x)).tanh()).tanh())
+
+
+def image(*layers: nn.Module, channels: int = 8) -> nn.Sequential:
+    """Return layers of maps with a classifier of four behind them."""
+    return nn.Sequential(*layers, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
+
+
 class ResNet18(nn.Module):
     """ResNet-18 of He et al. 2015 (arXiv:1512.03385) with torchvision's names; ``[N, 3, H, W]`` to ``[N, num_classes]``."""
 

@@ -14,15 +14,12 @@ from lightning_prune.callback.masking import Masking, Schedule
 from lightning_prune.callback.task import Task
 from lightning_prune.errors import BudgetError, ModelError, OptionError
 from lightning_prune.structure.dead import bury, has_empty_slice
-from lightning_prune.structure.factorized import build_factorized
-from lightning_prune.structure.layers import layer_from
 from lightning_prune.structure.masks import cut_masks, masked
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.preserve import preserved
 from lightning_prune.structure.prunable import prunable_layers, prunable_weights
-from lightning_prune.structure.rotated import rotated_specs
 from lightning_prune.structure.select import Pattern, select
-from lightning_prune.structure.steps import Factorize, KeepChannels, MaskWeight, Rotate, Step
+from lightning_prune.structure.steps import KeepChannels, MaskWeight, Step
 
 log = logging.getLogger(__name__)
 
@@ -227,16 +224,8 @@ def _cut_off(plan: Plan, names: set[str]) -> int:
         if isinstance(step, KeepChannels):
             cuts = (cut for name, cut in step.tensors.items() if step.key(name) in names)
             gone += sum(_size(cut.shape) - _size(cut.after) for cut in cuts)
-        elif isinstance(step, Factorize) and any(name.startswith(f"{step.module}.") for name in names):
-            dense = layer_from(step.before, device="meta")
-            factors = build_factorized(dense, step.kind, step.rank)
-            gone += dense.weight.numel() - sum(p.numel() for p in factors.parameters() if p.ndim >= 2)
-        elif isinstance(step, Rotate) and any(name.startswith(f"{step.module}.") for name in names):
-            sizes = [
-                sum(layer_from(spec, device="meta").weight.numel() for spec in specs.values())
-                for specs in (step.before, rotated_specs(step.before, step.form))
-            ]
-            gone += sizes[0] - sizes[1]
+        elif step.replaces and any(name.startswith(f"{step.module}.") for name in names):
+            gone += step.removed()
     return gone
 
 

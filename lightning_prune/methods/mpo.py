@@ -17,6 +17,7 @@ are grown back after the step, which scales the step itself by less than the lea
 ``weight_decay`` nor ``decoupled_weight_decay`` in their groups as torch does are left alone.
 """
 
+import contextlib
 import fnmatch
 import logging
 import zlib
@@ -279,13 +280,13 @@ class MPO(Compression):
         """
         layers, alone = self._find(task.model, task.cost.shapes)
         forms, values, dense = self._choose(task)
-        steps = [self._step(name, layers[name], form, values[name]) for name, form in forms.items()]
+        steps = [self._step(name, layers[name], form, values.get(name)) for name, form in forms.items()]
         return Plan(tuple(steps), alone | dense)
 
-    def _step(self, name: str, layer: DenseLayer, form: Form, values: Sequence[Tensor]) -> Tensorize:
+    def _step(self, name: str, layer: DenseLayer, form: Form, values: Sequence[Tensor] | None) -> Tensorize:
         scratch = self.mode == "scratch"
-        kept = zip(values, form.bonds, strict=True)
-        entropies = () if scratch else tuple(round(entropy(v[:bond]), 6) for v, bond in kept)
+        kept = () if scratch else zip(values or self._values(name, layer, form), form.bonds, strict=True)
+        entropies = tuple(round(entropy(v[:bond]), 6) for v, bond in kept)
         seed = zlib.crc32(f"{self.seed} {name}".encode()) if scratch else None
         settings = {"train": self.train, "auxiliary": self.auxiliary_only, "seed": seed, "entropies": entropies}
         return Tensorize.of(name, layer, form, **settings)
@@ -321,15 +322,11 @@ class MPO(Compression):
         return found
 
     def _choose(self, task: Task) -> tuple[dict[str, Form], dict[str, list[Tensor]], dict[str, str]]:
-        """Return the forms of layers that change, the singular values at the cuts of all, and why others stay dense."""
+        """Return the forms of layers that change, the singular values at the cuts as far as the choice needed them, and why others stay dense."""
         layers, _ = self._find(task.model, task.cost.shapes)
-        forms, values = self._forms(layers), {}
-        for name, layer in layers.items():
-            try:
-                values[name] = self._values(layer, forms[name])
-            except ModelError as error:
-                raise ModelError(f"Layer {name!r}: {error}") from error
+        forms = self._forms(layers)
         if self.bounded is not None:
+            values = {name: self._values(name, layer, forms[name]) for name, layer in layers.items()}
             chosen = self._within_budget(task, layers, forms, values)
             cheaper = {name: "the budget is met with it dense" for name in forms if name not in chosen}
             return chosen, values, cheaper
@@ -343,21 +340,23 @@ class MPO(Compression):
                     f"bonds {'/'.join(map(str, form.bonds)) or 'none'} would take {would:,} parameters, dense it has {have:,}"
                 )
         unasked = set(forms) - set(chosen) - set(dense)
-        return chosen, values, dense | dict.fromkeys(sorted(unasked), "bond= does not name it")
+        return chosen, {}, dense | dict.fromkeys(sorted(unasked), "bond= does not name it")
 
-    def _values(self, layer: DenseLayer, form: Form) -> list[Tensor]:
+    def _values(self, name: str, layer: DenseLayer, form: Form) -> list[Tensor]:
         """Return the singular values at the cuts of a weight; from scratch all directions count alike."""
         if self.mode == "scratch":
             return [torch.ones(bond) for bond in useful_bonds(form.sizes)]
-        return cut_values(tensor_of(layer, form))
+        with _of_layer(name):
+            return cut_values(tensor_of(layer, form))
 
     def _at_target(self, layers: Mapping[str, DenseLayer], forms: Mapping[str, Form]) -> dict[str, Form]:
         """Return forms with the bonds that ``error`` or ``bond`` asks for."""
         if self.error is not None:
-            found = {
-                name: tt_svd_within(tensor_of(layers[name], form), self.error).bonds for name, form in forms.items()
-            }
-            return {name: forms[name].with_bonds(bonds) for name, bonds in found.items()}
+            found = {}
+            for name, form in forms.items():
+                with _of_layer(name):
+                    found[name] = form.with_bonds(tt_svd_within(tensor_of(layers[name], form), self.error).bonds)
+            return found
         given = self.bond if isinstance(self.bond, Mapping) else {"*": self.bond or 1}
         wanted = of_layer("bond", given, list(forms)) if forms else {}
         chosen = {}
@@ -486,6 +485,15 @@ class MPO(Compression):
         for group in optimizer.param_groups if self._factors else ():
             if group.get("weight_decay"):
                 yield from ((p, self._factors[p], group) for p in group["params"] if p in self._factors)
+
+
+@contextlib.contextmanager
+def _of_layer(name: str) -> Iterator[None]:
+    """Say in an error which layer it is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"Layer {name!r}: {error}") from error
 
 
 def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:

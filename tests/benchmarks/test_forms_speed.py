@@ -4,14 +4,11 @@ A matrix product operator of two cores, 64 x 64 each, at bond 8 for a 4096 x 409
 batch 1, from a file as small as its parameters. Two thin layers and a rotated one are shown beside it.
 """
 
-import math
-
-import onnx
 import pytest
 import torch
 from lightning_prune.export import export_onnx, open_session, read_onnx
 from lightning_prune.export.latency import speedup, time_round
-from lightning_prune.export.runtime import load_onnxruntime
+from optimized import optimized_numbers
 from torch import nn
 
 from lightning_prune.structure.factorized import factorize
@@ -35,17 +32,6 @@ def rotated(dense):
 
 
 KINDS = {"mpo": mpo, "low rank": lambda dense: factorize(dense, "linear", SIZE // 8), "rotated": rotated}
-
-
-def held(path, loaded):
-    """Floats that onnxruntime holds after it has optimized a file."""
-    runtime = load_onnxruntime()
-    options = runtime.SessionOptions()
-    options.optimized_model_filepath = str(loaded)
-    options.log_severity_level = 3
-    runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    tensors = onnx.load(loaded).graph.initializer
-    return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type == onnx.TensorProto.FLOAT)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +68,7 @@ def test_the_fastest_form_beside_the_dense_layer(kind, batch, reference, tmp_pat
     )
     numbers = entry["forms"][entry["form"]]["numbers"]
     assert numbers <= sum(parameter.numel() for parameter in small.parameters())
-    assert files["small"].numbers == held(files["small"].path, tmp_path / "loaded.onnx") == numbers
+    assert files["small"].numbers == optimized_numbers(files["small"].path, tmp_path / "loaded.onnx") == numbers
     assert files["small"].bytes <= 4 * numbers + 8192
     assert found["low"] > 1
     if kind == "mpo" and batch == 1:

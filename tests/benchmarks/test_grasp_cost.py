@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
+from memory import peak
 from networks import resnet18
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity, profile
 
 from lightning_prune.callback import Task
 from lightning_prune.methods.grasp import GraSP
@@ -84,18 +84,6 @@ def test_scoring_costs_at_most_1_15_times_a_bare_loop_of_double_backward():
     mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(f"GraSP {mine:.2f} s, bare loop {theirs:.2f} s, median of paired ratios {ratio:.3f}")
     assert ratio <= 1.15
-
-
-def peak(function):
-    """Return the most bytes that torch held at once while ``function`` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
 
 
 @pytest.mark.benchmark

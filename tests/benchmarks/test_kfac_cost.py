@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
+from memory import peak
 from networks import resnet18
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from lightning_prune.curvature.eigenbasis import Eigenbasis, directions
 from lightning_prune.curvature.kronecker import CHUNK, Factors, SecondMoments
@@ -103,18 +103,6 @@ def test_all_eigenbases_take_less_than_two_seconds():
     spent = statistics.median(seconds(bases_of, factors) for _ in range(3))
     print(f"eigenbases of {len(layers)} layers: {spent:.2f} s of one core")
     assert spent <= 2
-
-
-def peak(function):
-    """Return the most bytes that torch held at once while ``function`` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
 
 
 @pytest.mark.benchmark

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from networks import Twice, image
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,20 +64,6 @@ def same(found, expected):
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12 * float(value.abs().max()))
 
 
-class Twice(nn.Module):
-    """One linear layer called twice, one convolution called at two sizes."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.linear = nn.Linear(5, 5)
-        self.into, self.head = nn.Linear(3, 5), nn.Linear(5, 4)
-
-    def forward(self, x):
-        x = self.conv(F.avg_pool2d(self.conv(x).tanh(), 2)).tanh().mean((2, 3))
-        return self.head(self.linear(self.linear(self.into(x)).tanh()).tanh())
-
-
 class Attentive(nn.Module):
     """Attention over tokens, first one to itself and then to the input, in either layout."""
 
@@ -129,10 +116,6 @@ class Folded(nn.Module):
         y = self.conv(x.reshape(n * t, 1, *x.shape[2:])).tanh().mean((2, 3))
         y = y.view(n, t, 4) if self.samples_first else y.view(t, n, 4).transpose(0, 1)
         return self.head(y.tanh().mean(1))
-
-
-def image(*layers, channels=8):
-    return nn.Sequential(*layers, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
 
 
 def classes(z):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import Twice, image
 from torch import nn
 from torch.nn import functional as F
 
@@ -110,20 +111,6 @@ def test_damage_in_the_eigenbasis_is_that_of_the_authors_code(kind):
             )  # their eigenvectors are of single precision
 
 
-class Twice(nn.Module):
-    """One linear layer called twice, one convolution called at two sizes."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.linear = nn.Linear(5, 5)
-        self.into, self.head = nn.Linear(3, 5), nn.Linear(5, 4)
-
-    def forward(self, x):
-        x = self.conv(F.avg_pool2d(self.conv(x).tanh(), 2)).tanh().mean((2, 3))
-        return self.head(self.linear(self.linear(self.into(x)).tanh()).tanh())
-
-
 class OneRow(nn.Module):
     """The samples lie along the second axis."""
 
@@ -156,10 +143,6 @@ class Folded(nn.Module):
         x = x.permute(0, 3, 1, 2) if self.samples_first else x.permute(3, 0, 1, 2)
         y = self.conv(x.flatten(0, 1)).tanh().mean(2).unflatten(0, x.shape[:2])
         return self.head(y.mean(1 if self.samples_first else 0))
-
-
-def image(*layers, channels=8):
-    return nn.Sequential(*layers, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
 
 
 PICTURES = torch.randn(SAMPLES, 3, 6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -4,13 +4,12 @@ import math
 
 import lightning_prune.export.forms as forms_module
 import numpy as np
-import onnx
 import pytest
 import torch
 from lightning_prune.export import export_onnx, open_session, read_onnx, validate_onnx
 from lightning_prune.export.forms import Settings, forms_of, merge, rows
 from lightning_prune.export.latency import time_round
-from lightning_prune.export.runtime import load_onnxruntime
+from optimized import optimized_numbers
 from torch import nn
 from torch.nn import functional
 
@@ -263,17 +262,6 @@ def test_no_dense_weight_is_rebuilt_in_the_file_or_by_the_runtime(tmp_path):
     assert written.numbers == 2 * 32 * 32 * 8 + 1024
     assert written.bytes < 4 * written.numbers + 8192
     assert optimized_numbers(written.path, tmp_path / "loaded.onnx") == written.numbers
-
-
-def optimized_numbers(path, loaded):
-    """Floats that onnxruntime holds after it has optimized a file and folded its constants."""
-    runtime = load_onnxruntime()
-    options = runtime.SessionOptions()
-    options.optimized_model_filepath = str(loaded)
-    options.log_severity_level = 3
-    runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    tensors = onnx.load(loaded).graph.initializer
-    return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type == onnx.TensorProto.FLOAT)
 
 
 def test_a_form_that_multiplies_its_cores_is_refused(monkeypatch, wide, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from convolutions import EVEN, MODES, SIZE, example
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,9 +23,6 @@ from lightning_prune.structure.factorized import (
     weight_of,
 )
 
-EVEN = "ignore:Using padding='same' with even kernel lengths:UserWarning"  # torch's note on its own uneven padding
-MODES = ("zeros", "reflect", "replicate", "circular")
-SIZE = {nn.Conv1d: (11,), nn.Conv2d: (9, 10), nn.Conv3d: (6, 7, 5)}
 CONVS = [
     (nn.Conv1d, {"kernel_size": 3, "stride": 2, "padding": 1}),
     (nn.Conv1d, {"kernel_size": 4, "dilation": 2, "padding": "same"}),
@@ -49,12 +47,6 @@ def kinds_of(layer):
     if isinstance(layer, nn.Linear):
         return ("linear",)
     return ("channel", "spatial") if isinstance(layer, nn.Conv2d) else ("channel",)
-
-
-def example(layer, batch=2):
-    generator = torch.Generator().manual_seed(1)
-    size = (3, 5, layer.in_features) if isinstance(layer, nn.Linear) else (batch, layer.in_channels, *SIZE[type(layer)])
-    return torch.randn(size, generator=generator, dtype=torch.float64).to(layer.weight.dtype)
 
 
 def truncated(layer, kind, rank):

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from convolutions import EVEN, MODES, example
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,9 +34,6 @@ from lightning_prune.structure.rotated import (
 from lightning_prune.structure.steps import Rotate, read_step
 from lightning_prune.structure.surgery import compact, mask_
 
-EVEN = "ignore:Using padding='same' with even kernel lengths:UserWarning"  # torch's note on its own uneven padding
-MODES = ("zeros", "reflect", "replicate", "circular")
-SIZE = {nn.Conv1d: (11,), nn.Conv2d: (9, 10), nn.Conv3d: (6, 7, 5)}
 CONVS = [
     (nn.Conv1d, {"kernel_size": 3, "stride": 2, "padding": 1}),
     (nn.Conv1d, {"kernel_size": 4, "dilation": 2, "padding": "same"}),
@@ -60,12 +58,6 @@ def conv(cls=nn.Conv2d, mode="zeros", bias=True, dtype=torch.float64, **options)
 def linear(bias=True):
     torch.manual_seed(0)
     return nn.Linear(4, 6, bias=bias, dtype=torch.float64)
-
-
-def example(layer, batch=2):
-    generator = torch.Generator().manual_seed(1)
-    size = (3, 5, layer.in_features) if isinstance(layer, nn.Linear) else (batch, layer.in_channels, *SIZE[type(layer)])
-    return torch.randn(size, generator=generator, dtype=torch.float64).to(layer.weight.dtype)
 
 
 def basis(size, count, seed=0):

@@ -54,6 +54,10 @@ class Step:
         """Give ``model`` the shapes from before this step again, in place; values of new parameters are undefined."""
         raise NotImplementedError
 
+    def removed(self) -> int:
+        """Return how many weights, biases aside, a module that is replaced (``replaces``) has more than what takes its place."""
+        return 0
+
     def summary(self) -> dict[str, Any]:
         """Return the table row of this step: ``action``, ``before``, ``after``, ``kept`` (share of the module's weights)."""
         raise NotImplementedError

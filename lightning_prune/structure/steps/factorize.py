@@ -92,6 +92,12 @@ class Factorize(Replacement):
         """Return the rank."""
         return {"rank": self.rank}
 
+    def removed(self) -> int:
+        """Return how many weights fewer the two factors have."""
+        layer = layer_from(self.before, device="meta")
+        small = build_factorized(layer, self.kind, self.rank)
+        return layer.weight.numel() - small.first.weight.numel() - small.second.weight.numel()
+
     def summary(self) -> dict[str, Any]:
         """Return the table row: the layer, its two factors, their share of the dense parameters."""
         layer = layer_from(self.before, device="meta")

@@ -189,6 +189,14 @@ class Rotate(Step):
         counts = {"inputs": self.inputs, "outputs": self.outputs, "terms": self.separable}
         return {name: count for name, count in counts.items() if count is not None}
 
+    def removed(self) -> int:
+        """Return how many weights fewer the factors have."""
+        before, after = (
+            sum(layer_from(spec, device="meta").weight.numel() for spec in specs.values())
+            for specs in (self.before, rotated_specs(self.before, self.form))
+        )
+        return before - after
+
     def summary(self) -> dict[str, Any]:
         """Return the table row: the layer, its factors, their share of its parameters."""
         layers = [

@@ -112,6 +112,10 @@ class Tensorize(Replacement):
         """Return the largest bond and the entropy of every cut."""
         return {"bond": max(self.bonds, default=1)} | {f"entropy_{k}": s for k, s in enumerate(self.entropies, 1)}
 
+    def removed(self) -> int:
+        """Return how many weights fewer the cores have."""
+        return layer_from(self.before, device="meta").weight.numel() - self.form.params
+
     def summary(self) -> dict[str, Any]:
         """Return the table row: modes, bonds, share of the parameters, and multiply-adds per row or pixel beside the dense ones."""
         layer, form = layer_from(self.before, device="meta"), self.form
