@@ -100,15 +100,18 @@ def test_damage_in_the_eigenbasis_is_that_of_the_authors_code(kind):
         weight = layer.weight.detach().double().flatten(2) if layer.weight.ndim > 2 else layer.weight.detach().double()
         if kind == "mlp_bias":
             weight = torch.cat([weight, layer.bias.detach().double().unsqueeze(1)], 1)
-        basis = basis_of(found)
-        core = torch.einsum("op,oi...,iq->p...q", basis.outputs[0], weight, basis.inputs[0])
-        core = core.view(len(core), -1, core.shape[-1])
-        damage = (core.square() * basis.diagonal()).sum(1) * len(numbers["x"]) ** 2
-        for axis, key in ((1, "imp_out"), (0, "imp_in")):
-            theirs = numbers[f"feature.{name}/{key}"]
-            np.testing.assert_allclose(
-                damage.sum(axis), theirs, rtol=0, atol=1e-5 * theirs.max()
-            )  # their eigenvectors are of single precision
+        held = {
+            key: torch.from_numpy(numbers[f"feature.{name}/{key}"]).double() for key in ("Q_A", "Q_S", "lam_A", "lam_S")
+        }
+        their_basis = Eigenbasis(held["Q_A"][None], held["Q_S"][None], held["lam_A"][None], held["lam_S"][None])
+        ours = (basis_of(found), len(numbers["x"]) ** 2, 1e-5)  # their eigenvectors are of single precision
+        for basis, scale, tolerance in (ours, (their_basis, 1, 1e-6)):
+            core = torch.einsum("op,oi...,iq->p...q", basis.outputs[0], weight, basis.inputs[0])
+            core = core.view(len(core), -1, core.shape[-1])
+            damage = (core.square() * basis.diagonal()).sum(1) * scale
+            for axis, key in ((1, "imp_out"), (0, "imp_in")):
+                theirs = numbers[f"feature.{name}/{key}"]
+                np.testing.assert_allclose(damage.sum(axis), theirs, rtol=0, atol=tolerance * theirs.max())
 
 
 class OneRow(nn.Module):
