@@ -13,9 +13,8 @@ All decompositions are computed in float64.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -49,6 +48,8 @@ class Form:
     inputs: tuple[int, ...]
     bonds: tuple[int, ...]
     kernel: int = 0
+    _costs: dict[Way, tuple[int, int, int]] = dataclasses.field(init=False, repr=False, compare=False)
+    _efforts: dict[Way, tuple[int, int, int]] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.outputs or len(self.outputs) != len(self.inputs) or len(self.bonds) != len(self.sizes) - 1:
@@ -58,6 +59,9 @@ class Form:
             )
         if any(type(size) is not int or size < 1 for size in (*self.outputs, *self.inputs, *self.bonds)):
             raise ModelError(f"{self}: modes and bonds are integers of at least 1.")
+        products = self._products()
+        object.__setattr__(self, "_costs", products)
+        object.__setattr__(self, "_efforts", self._work(products))  # asked in every forward pass
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -93,7 +97,7 @@ class Form:
             inner: Input positions in all; by default as many.
         """
         inner = outer if inner is None else inner
-        return {way: a * inner + b * outer + c for way, (a, b, c) in self._products.items()}
+        return {way: a * inner + b * outer + c for way, (a, b, c) in self._costs.items()}
 
     def way(self, outer: int = 1, inner: int | None = None, allowed: Sequence[Way] = ("left", "right", "dense")) -> Way:
         """Choose the way to contract, by multiply-adds and elements moved; no clock is asked.
@@ -104,10 +108,14 @@ class Form:
             allowed: Ways to choose from; the first of equals is taken.
         """
         inner = outer if inner is None else inner
-        work = {way: a * inner + b * outer + c for way, (a, b, c) in self._work.items()}
-        return min(allowed, key=work.__getitem__)
+        best, least = allowed[0], None
+        for way in allowed:  # no min(key=): torch.compile traces this with sizes that are not known yet
+            a, b, c = self._efforts[way]
+            work = a * inner + b * outer + c
+            if least is None or work < least:
+                best, least = way, work
+        return best
 
-    @functools.cached_property
     def _products(self) -> dict[Way, tuple[int, int, int]]:
         """Multiply-adds per input position, per output position, and once."""
         ends = (1, *self.bonds, 1)
@@ -124,8 +132,7 @@ class Form:
             "dense": (0, weight, self._joining()),
         }
 
-    @functools.cached_property
-    def _work(self) -> dict[Way, tuple[int, int, int]]:
+    def _work(self, products: Mapping[Way, tuple[int, int, int]]) -> dict[Way, tuple[int, int, int]]:
         """What a choice goes by, likewise: multiply-adds, and elements of intermediate results times ``MOVED``."""
         ends = (*self.bonds, 1)
         cuts = range(len(self.bonds))
@@ -135,7 +142,7 @@ class Form:
         moved: dict[Way, tuple[int, int, int]] = {"left": (left, 0, 0), "right": (0, right, 0), "dense": (0, 0, dense)}
         return {
             way: (a + MOVED * x, b + MOVED * y, c + MOVED * z)
-            for (way, (a, b, c)), (x, y, z) in zip(self._products.items(), moved.values(), strict=True)
+            for (way, (a, b, c)), (x, y, z) in zip(products.items(), moved.values(), strict=True)
         }
 
     def _joining(self) -> int:

@@ -127,6 +127,19 @@ def test_training_contracts_as_told():
     assert converted(layer, train="reconstruct", bonds=2).eval().way(1) == "left"
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(64, 64), (64,)), (nn.Conv2d(16, 16, 3), (16, 5, 5))], ids=["linear", "convolution"]
+)
+def test_one_compiled_graph_serves_batches_that_are_contracted_in_different_ways(layer, shape):
+    small = converted(layer, bonds=4).eval()
+    positions = (9, 25) if small.form.kernel else (1, 1)
+    assert len({small.way(batch * positions[0], batch * positions[1]) for batch in (1, 2, 3, 64)}) == 2
+    compiled = torch.compile(small, backend="eager", fullgraph=True)
+    for batch in (1, 2, 3, 64):
+        x = torch.randn(batch, *shape)
+        torch.testing.assert_close(compiled(x), small(x))
+
+
 def test_flags_types_and_sizes_are_those_of_the_dense_layer():
     layer = nn.Conv2d(4, 6, 3, bias=False).bfloat16().eval().requires_grad_(False)
     small = build_mpo(layer, form_of(layer, 2, 2))
