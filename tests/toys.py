@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "KFE-gradually": ("KFE", GRADUALLY),
     "KFE-official": ("KFE", {"official": True, "flops": 0.8}),
     "KFE-separable": ("KFE", {"separable": True}),
+    "MPO-unrolled": ("MPO", {"unroll": "net.3", "cores": 3, "bond": 5, "flops": None}),
     "MPO-squeezing": ("MPO", {"dimension_squeezing": True} | GRADUALLY),
     "Magnitude-gradually": ("Magnitude", GRADUALLY),
     "Magnitude-weights": ("Magnitude", WEIGHTS),

@@ -9,7 +9,8 @@ A layer is replaced where that makes it cheaper in what is asked for: parameters
 
 Unlike the paper: two cores by default, for which the multiply-adds fall as well; trained weights are decomposed (``mode="scratch"`` draws them
 anew, as the paper does, with the variance that a product of cores needs); bonds come from a budget or an error. A convolution keeps its kernel as
-a core of its own (Garipov et al. 2016, arXiv:1611.03214) and is not unrolled to a linear map; who wants that writes a Linear over the flattened map.
+a core of its own (Garipov et al. 2016, arXiv:1611.03214); only those of ``unroll`` become one linear map over all pixels of a flattened map of the
+size of the example, as the paper has it for tiny maps, channels first.
 
 Weight decay on ``n`` factors shrinks their product ``n`` times as fast: while this callback is in the Trainer, it counts one ``n``-th on the
 cores. What SGD, Adam and others add to the gradient is lessened there, before clipping; where decay is a factor of its own (AdamW), the cores
@@ -18,8 +19,11 @@ are grown back after the step, which scales the step itself by less than the lea
 """
 
 import contextlib
+import dataclasses
 import fnmatch
+import functools
 import logging
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -38,9 +42,9 @@ from lightning_prune.structure.mpo import MPO as MPOLayer
 from lightning_prune.structure.mpo import WAYS, Training, positions_of, tensor_of, weight_from
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.replaceable import replaceable
-from lightning_prune.structure.select import Pattern
+from lightning_prune.structure.select import Pattern, matching
 from lightning_prune.structure.spectrum import lost_energy
-from lightning_prune.structure.steps import Tensorize
+from lightning_prune.structure.steps import Step, Tensorize, Unroll
 from lightning_prune.structure.tensor_train import (
     Form,
     check_error,
@@ -51,6 +55,7 @@ from lightning_prune.structure.tensor_train import (
     tt_svd_within,
     useful_bonds,
 )
+from lightning_prune.structure.unrolled import Unrolled, extents_of, unroll, why_not_unrolled
 
 Shapes = Sequence[tuple[Sequence[int], Sequence[int]]]
 T = TypeVar("T")
@@ -79,6 +84,43 @@ def price(layer: DenseLayer, form: Form | None, shapes: Shapes, what: str) -> in
             layer.weight.numel() * outer if form is None else form.multiply_adds(outer, inner)[form.way(outer, inner)]
         )
     return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A layer that can be factorized.
+
+    Attributes:
+        dense: The layer.
+        calls: Shapes of input and output of every call, batch included.
+        extent: Of a convolution that is unrolled, the size of its input without batch and channels; else None.
+    """
+
+    dense: DenseLayer
+    calls: Shapes
+    extent: tuple[int, ...] | None = None
+
+    @functools.cached_property
+    def layer(self) -> DenseLayer:
+        """The layer whose weight is decomposed: the dense one, or the linear map that it is unrolled to."""
+        return self.dense if self.extent is None else unroll(self.dense, self.extent).linear  # type: ignore[arg-type,return-value]
+
+    def price(self, form: Form | None, what: str) -> int:
+        """Return what the layer costs as it is, or in a form (:func:`price`)."""
+        if form is None or self.extent is None:
+            return price(self.dense, form, self.calls, what)
+        rows, columns = self.layer.weight.shape
+        flat = [
+            ((math.prod(inputs) // columns, columns), (math.prod(inputs) // columns, rows)) for inputs, _ in self.calls
+        ]
+        return price(self.layer, form, flat, what)
+
+    def steps(self, name: str, form: Form, **settings: Any) -> list[Step]:
+        """Return the steps that give the layer, of that name, a form; settings as for :class:`Tensorize`."""
+        if self.extent is None:
+            return [Tensorize.of(name, self.dense, form, **settings)]
+        unrolled = Unroll.of(name, self.dense, self.extent)  # type: ignore[arg-type]
+        return [unrolled, Tensorize.of(f"{name}.linear", self.layer, form, **settings)]
 
 
 def forms_within(form: Form, values: Sequence[Tensor]) -> list[tuple[Form, float]]:
@@ -143,6 +185,8 @@ class MPO(Compression):
         mode: ``"pretrained"`` decomposes the weights, ``"scratch"`` draws the cores with the variance that the weights have.
         train: How to contract while training: ``"auto"`` by the rule of the layer, ``"factorized"`` or ``"reconstruct"`` (the dense weight first).
         modes: Output and input modes by name or glob of a layer, ``{"fc1": [[4, 4, 4, 4], [4, 7, 7, 4]]}``; others are chosen.
+        unroll: Convolutions to take as one linear map over their flattened input, for inputs of the example's size: names, globs or types. What comes
+            out shares no weights between pixels, so pretrained it is a convolution only as far as the bonds allow. None: none.
         auxiliary_only: Whether the largest core of every layer is frozen and only the others train.
         dimension_squeezing: Whether bonds shrink step by step while training, where least is lost; needs ``params`` or ``flops`` and ``until_epoch``.
         every_n_steps: Optimizer steps from one squeezing to the next.
@@ -167,6 +211,7 @@ class MPO(Compression):
         mode: Literal["pretrained", "scratch"] = "pretrained",
         train: Training = "auto",
         modes: dict[str, list[list[int]]] | None = None,
+        unroll: Pattern | Sequence[Pattern] | None = None,
         auxiliary_only: bool = False,
         dimension_squeezing: bool = False,
         every_n_steps: int = 20,
@@ -186,6 +231,7 @@ class MPO(Compression):
         )
         self.params, self.flops, self.error, self.bond = params, flops, error, bond
         self.cores, self.mode, self.train, self.modes, self.seed = cores, mode, train, modes, seed
+        self.unroll = unroll
         self.auxiliary_only, self.dimension_squeezing, self.every_n_steps = (
             auxiliary_only,
             dimension_squeezing,
@@ -224,6 +270,10 @@ class MPO(Compression):
                 "MPO(dimension_squeezing=True) shrinks bonds of trained weights towards a budget: give params= or flops=, and until_epoch=; "
                 "mode stays 'pretrained'."
             )
+        if self.gradual and self.unroll is not None:
+            raise OptionError(
+                "MPO(unroll=...) goes without dimension_squeezing=True, under which layers stay convolutions until the end."
+            )
         if not self.gradual and (self.start_epoch or self.until_epoch is not None):
             raise OptionError(
                 "MPO(start_epoch=..., until_epoch=...) are for dimension_squeezing=True; without it layers change at once."
@@ -233,7 +283,7 @@ class MPO(Compression):
         """Forget the fit before this one."""
         super().reset()
         self._task: Task | None = None
-        self._layers: dict[str, DenseLayer] = {}
+        self._sites: dict[str, Site] = {}
         self._bonds: dict[str, list[int]] = {}
         self._squeezed_at: int | None = None
         self._factors: dict[nn.Parameter, int] | None = None
@@ -241,7 +291,7 @@ class MPO(Compression):
     def release(self) -> None:
         """Let go of the layers."""
         super().release()
-        self._task, self._layers, self._factors = None, {}, None
+        self._task, self._sites, self._factors = None, {}, None
 
     @property
     def bounded(self) -> Literal["flops", "params"] | None:
@@ -269,7 +319,7 @@ class MPO(Compression):
             BudgetError: If the budget cannot be met.
         """
         if self.met(task) is None:
-            self._choose(task)
+            self._choose(task, self._find(task.model, task.cost.shapes)[0])
 
     def decide(self, task: Task, scores: Any) -> Plan:
         """Choose the bonds from the spectra of the weights.
@@ -278,37 +328,59 @@ class MPO(Compression):
             OptionError: If modes do not fit.
             BudgetError: If the budget cannot be met.
         """
-        layers, alone = self._find(task.model, task.cost.shapes)
-        forms, values, dense = self._choose(task)
-        steps = [self._step(name, layers[name], form, values.get(name)) for name, form in forms.items()]
+        sites, alone = self._find(task.model, task.cost.shapes)
+        forms, values, dense = self._choose(task, sites)
+        steps = [
+            step for name, form in forms.items() for step in self._steps(name, sites[name], form, values.get(name))
+        ]
         return Plan(tuple(steps), alone | dense)
 
-    def _step(self, name: str, layer: DenseLayer, form: Form, values: Sequence[Tensor] | None) -> Tensorize:
+    def _steps(self, name: str, site: Site, form: Form, values: Sequence[Tensor] | None) -> list[Step]:
         scratch = self.mode == "scratch"
-        kept = () if scratch else zip(values or self._values(name, layer, form), form.bonds, strict=True)
+        kept = () if scratch else zip(values or self._values(name, site, form), form.bonds, strict=True)
         entropies = tuple(round(entropy(v[:bond]), 6) for v, bond in kept)
         seed = zlib.crc32(f"{self.seed} {name}".encode()) if scratch else None
         settings = {"train": self.train, "auxiliary": self.auxiliary_only, "seed": seed, "entropies": entropies}
-        return Tensorize.of(name, layer, form, **settings)
+        return site.steps(name, form, **settings)
 
     def _find(
         self, model: nn.Module, shapes: Mapping[str, Shapes] | None = None
-    ) -> tuple[dict[str, DenseLayer], dict[str, str]]:
+    ) -> tuple[dict[str, Site], dict[str, str]]:
         """Return the layers that can be factorized, and the reasons why others that were chosen cannot."""
+        unrolled = self._unrolled(model)
 
         def obstacle(name: str, layer: nn.Module) -> str | None:
-            if getattr(layer, "groups", 1) > 1:
+            if getattr(layer, "groups", 1) > 1 and name not in unrolled:
                 return "it is a convolution in groups"
-            return None if shapes is None or shapes.get(name) else "it is not called with the example inputs"
+            if shapes is None:
+                return None
+            if not shapes.get(name):
+                return "it is not called with the example inputs"
+            return why_not_unrolled(layer, shapes[name]) if name in unrolled else None
 
         layers, alone = replaceable(model, self.include, self.exclude, obstacle)
-        return {name: layer for name, layer in layers.items() if is_plain(layer)}, alone
-
-    def _forms(self, layers: Mapping[str, DenseLayer]) -> dict[str, Form]:
-        """Return modes for every layer, the bonds still 1."""
-        given = of_layer("modes", self.modes or {}, list(layers)) if layers else {}
-        found = {}
+        sites = {}
         for name, layer in layers.items():
+            assert is_plain(layer), "kinds that may be replaced again were not asked for"
+            calls = () if shapes is None else shapes[name]
+            extent = extents_of(layer, calls)[0] if calls and name in unrolled else None
+            sites[name] = Site(layer, calls, extent)
+        return sites, alone
+
+    def _unrolled(self, model: nn.Module) -> set[str]:
+        """Return the names of the convolutions to unroll."""
+        modules = dict(model.named_modules())
+        if self.unroll is None or any(isinstance(module, Unrolled) for module in modules.values()):
+            return set()  # of a model that was unrolled already, nothing is asked again
+        convolutions = {name: m for name, m in modules.items() if is_plain(m) and not isinstance(m, nn.Linear)}
+        return matching(convolutions, self.unroll, "unroll")
+
+    def _forms(self, sites: Mapping[str, Site]) -> dict[str, Form]:
+        """Return modes for every layer, the bonds still 1."""
+        given = of_layer("modes", self.modes or {}, list(sites)) if sites else {}
+        found = {}
+        for name, site in sites.items():
+            layer = site.layer
             rows, columns = layer.weight.shape[:2]
             outputs, inputs = given.get(name) or modes_for(rows, columns, self.cores)
             kernel = positions_of(describe(layer))
@@ -321,18 +393,19 @@ class MPO(Compression):
             found[name] = form
         return found
 
-    def _choose(self, task: Task) -> tuple[dict[str, Form], dict[str, list[Tensor]], dict[str, str]]:
+    def _choose(
+        self, task: Task, sites: Mapping[str, Site]
+    ) -> tuple[dict[str, Form], dict[str, list[Tensor]], dict[str, str]]:
         """Return the forms of layers that change, the singular values at the cuts as far as the choice needed them, and why others stay dense."""
-        layers, _ = self._find(task.model, task.cost.shapes)
-        forms = self._forms(layers)
+        forms = self._forms(sites)
         if self.bounded is not None:
-            values = {name: self._values(name, layer, forms[name]) for name, layer in layers.items()}
-            chosen = self._within_budget(task, layers, forms, values)
+            values = {name: self._values(name, site, forms[name]) for name, site in sites.items()}
+            chosen = self._within_budget(task, sites, forms, values)
             cheaper = {name: "the budget is met with it dense" for name in forms if name not in chosen}
             return chosen, values, cheaper
         chosen, dense = {}, {}
-        for name, form in self._at_target(layers, forms).items():
-            have, would = (price(layers[name], f, (), "params") for f in (None, form))
+        for name, form in self._at_target(sites, forms).items():
+            have, would = (sites[name].price(f, "params") for f in (None, form))
             if would < have:
                 chosen[name] = form
             else:
@@ -342,20 +415,20 @@ class MPO(Compression):
         unasked = set(forms) - set(chosen) - set(dense)
         return chosen, {}, dense | dict.fromkeys(sorted(unasked), "bond= does not name it")
 
-    def _values(self, name: str, layer: DenseLayer, form: Form) -> list[Tensor]:
+    def _values(self, name: str, site: Site, form: Form) -> list[Tensor]:
         """Return the singular values at the cuts of a weight; from scratch all directions count alike."""
         if self.mode == "scratch":
             return [torch.ones(bond) for bond in useful_bonds(form.sizes)]
         with _of_layer(name):
-            return cut_values(tensor_of(layer, form))
+            return cut_values(tensor_of(site.layer, form))
 
-    def _at_target(self, layers: Mapping[str, DenseLayer], forms: Mapping[str, Form]) -> dict[str, Form]:
+    def _at_target(self, sites: Mapping[str, Site], forms: Mapping[str, Form]) -> dict[str, Form]:
         """Return forms with the bonds that ``error`` or ``bond`` asks for."""
         if self.error is not None:
             found = {}
             for name, form in forms.items():
                 with _of_layer(name):
-                    found[name] = form.with_bonds(tt_svd_within(tensor_of(layers[name], form), self.error).bonds)
+                    found[name] = form.with_bonds(tt_svd_within(tensor_of(sites[name].layer, form), self.error).bonds)
             return found
         given = self.bond if isinstance(self.bond, Mapping) else {"*": self.bond or 1}
         wanted = of_layer("bond", given, list(forms)) if forms else {}
@@ -375,7 +448,7 @@ class MPO(Compression):
     def _within_budget(
         self,
         task: Task,
-        layers: Mapping[str, DenseLayer],
+        sites: Mapping[str, Site],
         forms: Mapping[str, Form],
         values: Mapping[str, Sequence[Tensor]],
     ) -> dict[str, Form]:
@@ -386,14 +459,11 @@ class MPO(Compression):
         bound = resolve_bound(getattr(self, what), origin, what)
         bound += round((1 - task.progress) * max(0, have - bound))
         ladders, offered, fixed = {}, {}, have
-        for name, layer in layers.items():
-            shapes = task.cost.shapes.get(name, ())
+        for name, site in sites.items():
             offered[name] = forms_within(forms[name], values[name])
-            dense = price(layer, None, shapes, what)
+            dense = site.price(None, what)
             fixed -= dense
-            ladders[name] = ladder(
-                offered[name], [price(layer, form, shapes, what) for form, _ in offered[name]], dense
-            )
+            ladders[name] = ladder(offered[name], [site.price(form, what) for form, _ in offered[name]], dense)
         sizes = allocate(ladders, bound, fixed=fixed, name=what)
         return {name: offered[name][size][0] for name, size in sizes.items() if size is not None}
 
@@ -407,10 +477,10 @@ class MPO(Compression):
             BudgetError: If the budget cannot be met.
         """
         self._task = task
-        self._layers, alone = self._find(task.model, task.cost.shapes)
-        if not self._layers:
+        self._sites, alone = self._find(task.model, task.cost.shapes)
+        if not self._sites:
             raise nothing_to_change("MPO", alone)
-        self._choose(task)
+        self._choose(task, self._sites)
 
     def on_step_begin(self, trainer: Any, module: Any) -> None:
         """Squeeze, if ``every_n_steps`` optimizer steps have passed since the last time."""
@@ -422,7 +492,7 @@ class MPO(Compression):
         if trainer.world_size > 1:
             self._bonds = trainer.strategy.broadcast(self._bonds, src=0)
             for name in self._bonds:
-                torch.distributed.broadcast(self._layers[name].weight.data, src=0)
+                torch.distributed.broadcast(self._sites[name].layer.weight.data, src=0)
 
     @torch.no_grad()
     def _squeeze(self, progress: float) -> None:
@@ -430,10 +500,10 @@ class MPO(Compression):
         task = self._task
         assert task is not None, "begin() comes before the first step"
         now = Task(task.model, task.calls, task.cost, task.plan, task.origin, task.probe, progress)
-        forms = self._choose(now)[0]
+        forms = self._choose(now, self._sites)[0]
         self._bonds = {name: list(form.bonds) for name, form in forms.items()}
         for name, form in forms.items():
-            layer = self._layers[name]
+            layer = self._sites[name].layer
             cores = tt_svd(tensor_of(layer, form), form.bonds).cores
             layer.weight.copy_(weight_from(cores, form, layer.weight.shape))
 

@@ -10,6 +10,7 @@ from lightning_prune.structure.mpo import MPO
 from lightning_prune.structure.obstacles import obstacles
 from lightning_prune.structure.rotated import Rotated
 from lightning_prune.structure.select import Pattern, select
+from lightning_prune.structure.unrolled import Unrolled
 
 
 def replaceable(
@@ -35,7 +36,11 @@ def replaceable(
     Raises:
         OptionError: If a pattern matches no layer.
     """
-    made = {name: module for name, module in model.named_modules() if isinstance(module, Factorized | Rotated | MPO)}
+    made = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Factorized | Rotated | MPO | Unrolled)
+    }
     inside = {
         f"{name}.{part}".lstrip(".") for name, module in made.items() for part, _ in module.named_modules() if part
     }

@@ -29,15 +29,20 @@ def select(
     Raises:
         OptionError: If a pattern matches nothing, the message suggests names that exist; or if nothing is left.
     """
-    chosen = set(modules) if include is None else _matches(modules, include, "include")
-    dropped = set() if exclude is None else _matches(modules, exclude, "exclude")
+    chosen = set(modules) if include is None else matching(modules, include, "include")
+    dropped = set() if exclude is None else matching(modules, exclude, "exclude")
     if modules and not chosen - dropped:
         asked = f"exclude={exclude!r}" if include is None else f"include={include!r} and exclude={exclude!r}"
         raise OptionError(f"{asked}: of {len(modules)} layers that could be compressed, none is left. Exclude fewer.")
     return {name: module for name, module in modules.items() if name in chosen - dropped}
 
 
-def _matches(modules: Mapping[str, nn.Module], patterns: Pattern | Sequence[Pattern], option: str) -> set[str]:
+def matching(modules: Mapping[str, nn.Module], patterns: Pattern | Sequence[Pattern], option: str) -> set[str]:
+    """Return the names of the modules that patterns match; ``option`` is the name of the argument that holds them.
+
+    Raises:
+        OptionError: If one matches nothing.
+    """
     found: set[str] = set()
     if not isinstance(patterns, str | type | Sequence):
         raise OptionError(f"{option}={patterns!r}: give names, globs or module types, or a list of them.")

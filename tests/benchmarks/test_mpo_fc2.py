@@ -3,6 +3,7 @@ beside low rank at equal parameters. Run with ``-m benchmark -s`` and ``MNIST=``
 """
 
 import copy
+import math
 import os
 import statistics
 
@@ -15,9 +16,14 @@ from lit import trainer
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from lightning_prune import MPO, LowRank
+from lightning_prune import MPO, LowRank, compress, count_flops
 
 EPOCHS, SEEDS, BATCH = 10, (0, 1, 2), 100
+RATE, TUNING, CLIP = (
+    0.8,
+    0.2,
+    0.5,
+)  # the authors' rate; products of cores have steep places, so gradients are clipped, in all runs alike
 MODES = {"fc1": [[4, 4, 4, 4], [4, 7, 7, 4]], "fc2": [[1, 1, 10, 1], [4, 4, 4, 4]]}
 BONDS = {"fc1": 16, "fc2": 4}
 
@@ -58,7 +64,7 @@ def fit(model, digits, seed, folder, *methods):
     torch.manual_seed(seed)
     data = TensorDataset(*digits["train"])
     batches = BatchSampler(RandomSampler(data), BATCH, drop_last=True)
-    trainer(folder, max_epochs=EPOCHS, callbacks=list(methods)).fit(
+    trainer(folder, max_epochs=EPOCHS, gradient_clip_val=CLIP, callbacks=list(methods)).fit(
         model.train(), DataLoader(data, sampler=batches, batch_size=None)
     )
     return model
@@ -79,31 +85,32 @@ def params(model):
 def test_bonds_of_16_from_scratch_are_as_good_as_dense(digits, tmp_path, record_property):
     cells = {}
 
-    def note(row, model):
-        cells.setdefault(row, []).append((accuracy(model, digits), params(model)))
+    def note(row, model, own, before=math.nan):
+        found = accuracy(model, digits)
+        flops = count_flops(model, model.example_input_array).total
+        cells.setdefault(row, []).append((found, found - own, before, params(model), flops))
 
     for seed in SEEDS:
         torch.manual_seed(seed)
-        new = FC2(0.8)
+        new = FC2(RATE)
         dense = fit(copy.deepcopy(new), digits, seed, tmp_path)
-        note("dense", dense)
+        own = accuracy(dense, digits)
+        note("dense", dense, own)
         scratch = fit(copy.deepcopy(new), digits, seed, tmp_path, MPO(bond=BONDS, modes=MODES, mode="scratch"))
-        note("MPO from scratch, bonds 16 and 4", scratch)
+        note("MPO from scratch, bonds 16 and 4", scratch, own)
         tunings = {
-            "dense": [],
+            "dense, trained on": [],
             "MPO, bonds 16 and 4": [MPO(bond=BONDS, modes=MODES)],
             "MPO, two cores": [MPO(params=params(scratch))],
-            "LowRank": [LowRank(params=params(scratch))],
+            "LowRank": [LowRank(params=params(scratch), align=1)],
         }
         for row, methods in tunings.items():
             tuned = copy.deepcopy(dense)
-            tuned.lr = 0.2
-            note(f"{row}, fine-tuned", fit(tuned, digits, seed, tmp_path, *methods))
+            tuned.lr = TUNING
+            before = [accuracy(compress(dense, method, dense.example_input_array)[0], digits) for method in methods]
+            note(row, fit(tuned, digits, seed, tmp_path, *methods), own, *before)
     for row, found in cells.items():
-        shares = [share for share, _ in found]
-        print(
-            f"| {row} | {statistics.mean(shares):.2f} ± {statistics.stdev(shares):.2f} | {', '.join(f'{n:,}' for _, n in found)} |"
-        )
+        shares = [f"{statistics.mean(c):.2f} ± {statistics.stdev(c):.2f}" for c in list(zip(*found, strict=True))[:3]]
+        print(f"| {row} | {' | '.join(shares)} | {found[0][3]:,} | {found[0][4]:,} |")
     record_property("cells", cells)
-    losses = [a - b for (a, _), (b, _) in zip(cells["dense"], cells["MPO from scratch, bonds 16 and 4"], strict=True)]
-    assert statistics.mean(losses) <= 0.5
+    assert statistics.mean(change for _, change, *_ in cells["MPO from scratch, bonds 16 and 4"]) >= -0.5

@@ -16,7 +16,7 @@ from lightning_prune.structure.mpo import MPOConv, MPOLinear
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.steps import Tensorize
 from lightning_prune.structure.surgery import mask_
-from lightning_prune.structure.tensor_train import Form, cut_values, fold
+from lightning_prune.structure.tensor_train import Form, contract, cut_values, fold, tt_svd, unfold
 
 
 def network() -> nn.Sequential:
@@ -309,6 +309,55 @@ def test_a_second_stage_leaves_cores_alone_and_knows_the_names():
     assert not any("7" in name for name in plan.left_alone)
 
 
+def test_an_unrolled_convolution_becomes_cores_of_its_linear_map():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.ReLU()).double().eval()
+    x = torch.randn(7, 16, 8, 8, dtype=torch.float64)
+    columns = [model[0](image) - model[0].bias[:, None, None] for image in torch.eye(1024).double().view(-1, 16, 8, 8)]
+    matrix = torch.stack([column.flatten() for column in columns], 1).detach()
+    modes = {"0": [[8, 6, 8], [8, 16, 8]]}
+    small, plan = compress(model, MPO(bond=3, modes=modes, unroll="0"), x[:1])
+    assert [(step.module, step.action) for step in plan.steps] == [("0", "unroll"), ("0.linear", "mpo")]
+    form = Form((8, 6, 8), (8, 16, 8), (3, 3))
+    cores = tt_svd(fold(matrix, form), form.bonds).cores
+    expected = x.flatten(1) @ unfold(contract(cores), form, matrix.shape).T + model[0].bias.repeat_interleave(16)
+    torch.testing.assert_close(small(x), expected.view(7, 24, 4, 4).relu(), rtol=0, atol=1e-10)
+    assert params(small) == form.params + 24 * 16
+
+
+@pytest.mark.parametrize(("what", "share"), [("params", 0.6), ("flops", 0.7)])
+def test_a_budget_prices_an_unrolled_convolution_beside_the_convolution_itself(what, share):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)).eval()
+    x = torch.zeros(5, 32, 2, 2)
+    small, plan = compress(model, MPO(**{what: share}, unroll="Conv2d", cores=3, mode="scratch"), x)
+    assert plan.steps[0].action == "unroll"
+    cost = {"params": params, "flops": lambda m: count_flops(m, x).total}[what]
+    assert 0 < cost(small) <= share * cost(model)
+
+
+def test_the_papers_convolution_as_a_linear_map_has_its_count():
+    model = nn.Sequential(nn.Conv2d(512, 512, 3, padding=1, bias=False))
+    modes = {"0": [[2, 8, 8, 8, 2], [2, 8, 8, 8, 2]]}
+    small, _ = compress(model, MPO(bond=4, modes=modes, unroll="0", mode="scratch"), torch.zeros(1, 512, 2, 2))
+    assert params(small) == 2 * 2 * 4 + 3 * (4 * 8 * 8 * 4) + 4 * 2 * 2  # 3,104 where the dense map has 2048^2
+
+
+def test_what_cannot_be_unrolled_is_left_alone_with_the_reason_or_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.head(self.conv(self.conv(x)[:, :, ::2]).mean((2, 3)).repeat(1, 8))
+
+    _, plan = compress(Twice(), MPO(bond=2, unroll="conv"), torch.zeros(1, 8, 6, 4))
+    assert plan.left_alone["conv"].startswith("it is called with maps of 3x4 and 6x4")
+    with pytest.raises(OptionError, match=r"unroll='fc' matches no layer.*'conv'"):
+        compress(Twice(), MPO(bond=2, unroll="fc"), torch.zeros(1, 8, 6, 4))
+
+
 # Training -------------------------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +460,7 @@ def test_bonds_are_squeezed_while_training_and_the_bound_holds_in_the_end(tmp_pa
         ({"bond": 2, "modes": {"fc": [[2, 2], [2]]}}, "as many of each"),
         ({"bond": 2, "dimension_squeezing": True}, "towards a budget"),
         ({"params": 0.5, "until_epoch": 3}, "for dimension_squeezing"),
+        ({"params": 0.5, "until_epoch": 3, "dimension_squeezing": True, "unroll": "conv"}, "unroll="),
     ],
 )
 def test_wrong_options_are_refused_at_once(options, match):

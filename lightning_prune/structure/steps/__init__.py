@@ -16,6 +16,7 @@ from lightning_prune.structure.steps.mask import MaskWeight, pack_bits, unpack_b
 from lightning_prune.structure.steps.rotate import Rotate
 from lightning_prune.structure.steps.scale import ScaleInputs
 from lightning_prune.structure.steps.tensorize import Tensorize
+from lightning_prune.structure.steps.unroll import Unroll
 
 STEPS: dict[str, type[Step]] = {
     kind.action: kind
@@ -26,6 +27,7 @@ STEPS: dict[str, type[Step]] = {
         ScaleInputs,
         Factorize,
         Rotate,
+        Unroll,
         Tensorize,
         KeepChannels,
         GatherInputs,
@@ -68,6 +70,7 @@ __all__ = [
     "ScaleInputs",
     "Step",
     "Tensorize",
+    "Unroll",
     "pack_bits",
     "read_step",
     "unpack_bits",
