@@ -12,10 +12,9 @@ anew, as the paper does, with the variance that a product of cores needs); bonds
 a core of its own (Garipov et al. 2016, arXiv:1611.03214); only those of ``unroll`` become one linear map over all pixels of a flattened map of the
 size of the example, as the paper has it for tiny maps, channels first.
 
-Weight decay on ``n`` factors shrinks their product ``n`` times as fast: while this callback is in the Trainer, it counts one ``n``-th on the
-cores. What SGD, Adam and others add to the gradient is lessened there, before clipping; where decay is a factor of its own (AdamW), the cores
-are grown back after the step, which scales the step itself by less than the learning rate times the decay. Optimizers that name neither
-``weight_decay`` nor ``decoupled_weight_decay`` in their groups as torch does are left alone.
+Weight decay on ``n`` factors shrinks their product ``n`` times as fast: while this callback is in the Trainer, it counts one ``n``-th on the cores
+(:mod:`lightning_prune.callback.core_decay`). Products of several cores have steep places: with plain SGD a learning rate that suits the dense
+layer may be too large for four of them; clip gradients (``gradient_clip_val``), as the benchmark on MNIST does, or train with Adam.
 """
 
 import contextlib
@@ -31,19 +30,19 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.budget import Choice, allocate, resolve_bound
+from lightning_prune.budget import allocate, resolve_bound
+from lightning_prune.budget.bonds import forms_within, ladder, price
 from lightning_prune.callback import Compression, Task
 from lightning_prune.callback.checks import check_choice, check_integer, nothing_to_change
+from lightning_prune.callback.core_decay import CoreDecay
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.methods.low_rank import Target
-from lightning_prune.structure.factorized import positions
+from lightning_prune.structure.factorized import Shapes
 from lightning_prune.structure.layers import DenseLayer, describe, is_plain
-from lightning_prune.structure.mpo import MPO as MPOLayer
 from lightning_prune.structure.mpo import WAYS, Training, positions_of, tensor_of, weight_from
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.replaceable import replaceable
 from lightning_prune.structure.select import Pattern, matching
-from lightning_prune.structure.spectrum import lost_energy
 from lightning_prune.structure.steps import Step, Tensorize, Unroll
 from lightning_prune.structure.tensor_train import (
     Form,
@@ -57,33 +56,9 @@ from lightning_prune.structure.tensor_train import (
 )
 from lightning_prune.structure.unrolled import Unrolled, extents_of, unroll, why_not_unrolled
 
-Shapes = Sequence[tuple[Sequence[int], Sequence[int]]]
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-_NO_LOSS = 1e-12  # relative energy that a float64 Gram matrix cannot tell from zero
-
-
-def price(layer: DenseLayer, form: Form | None, shapes: Shapes, what: str) -> int:
-    """Return what a layer costs.
-
-    Args:
-        layer: The dense layer.
-        form: The form that it would take; None for the dense one.
-        shapes: Shapes of input and output of every call, batch included.
-        what: ``"params"``, bias included, or ``"flops"``, of the way that the layer contracts by for those shapes.
-    """
-    if what == "params":
-        bias = 0 if layer.bias is None else layer.bias.numel()
-        return bias + (layer.weight.numel() if form is None else form.params)
-    total = 0
-    for inputs, outputs in shapes:
-        inner, outer = positions(layer, inputs), positions(layer, outputs)
-        total += (
-            layer.weight.numel() * outer if form is None else form.multiply_adds(outer, inner)[form.way(outer, inner)]
-        )
-    return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,34 +96,6 @@ class Site:
             return [Tensorize.of(name, self.dense, form, **settings)]
         unrolled = Unroll.of(name, self.dense, self.extent)  # type: ignore[arg-type]
         return [unrolled, Tensorize.of(f"{name}.linear", self.layer, form, **settings)]
-
-
-def forms_within(form: Form, values: Sequence[Tensor]) -> list[tuple[Form, float]]:
-    """List the forms of a layer whose bonds follow from one threshold, common to its cuts, on the energy that each may lose.
-
-    Args:
-        form: Modes.
-        values: Singular values of every cut, ``[n]`` each, descending.
-
-    Returns:
-        Forms with ascending bonds, and the share of the squares that each may lose at most: the sum over the cuts, exact for one cut.
-    """
-    losses = [[loss if loss > _NO_LOSS else 0.0 for loss in lost_energy(v[None]).tolist()] for v in values]
-    found: dict[tuple[int, ...], float] = {}
-    for threshold in sorted({loss for cut in losses for loss in cut}, reverse=True):
-        at = [next(k for k, loss in enumerate(cut) if loss <= threshold) for cut in losses]
-        bonds = useful_bonds(form.sizes, [index + 1 for index in at])
-        found[bonds] = sum(cut[bond - 1] for cut, bond in zip(losses, bonds, strict=True))
-    return [(form.with_bonds(bonds), loss) for bonds, loss in found.items()]
-
-
-def ladder(forms: Sequence[tuple[Form, float]], costs: Sequence[int], dense: int) -> list[Choice]:
-    """Return the forms that are cheaper than all that lose less, then the dense layer; sizes are positions in ``forms``."""
-    found = [Choice(None, 0.0, dense)]
-    for k in reversed(range(len(forms))):
-        if costs[k] < found[-1].cost:
-            found.append(Choice(k, forms[k][1], costs[k]))
-    return found[::-1]
 
 
 def of_layer(option: str, given: Mapping[str, T], layers: Sequence[str]) -> dict[str, T]:
@@ -286,12 +233,12 @@ class MPO(Compression):
         self._sites: dict[str, Site] = {}
         self._bonds: dict[str, list[int]] = {}
         self._squeezed_at: int | None = None
-        self._factors: dict[nn.Parameter, int] | None = None
+        self._decay: CoreDecay | None = None
 
     def release(self) -> None:
         """Let go of the layers."""
         super().release()
-        self._task, self._sites, self._factors = None, {}, None
+        self._task, self._sites, self._decay = None, {}, None
 
     @property
     def bounded(self) -> Literal["flops", "params"] | None:
@@ -530,31 +477,14 @@ class MPO(Compression):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Let squeezing act on the gradients, and lessen the decay that an optimizer will add to them."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        for core, count, group in self._decayed(pl_module, optimizer):
-            if core.grad is not None and not _is_decoupled(optimizer, group):
-                surplus = (1 - 1 / count) * group["weight_decay"]
-                core.grad.sub_(core.detach(), alpha=-surplus if group.get("maximize") else surplus)
+        if self._decay is None:
+            self._decay = CoreDecay(pl_module)
+        self._decay.lessen(optimizer)
 
-    @torch.no_grad()
     def on_stepped(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Give back what decay of its own has taken beyond one ``n``-th."""
-        for core, count, group in self._decayed(module, optimizer):
-            if core.grad is not None and _is_decoupled(optimizer, group):
-                decay = float(group["lr"]) * group["weight_decay"]
-                core.mul_((1 - decay / count) / (1 - decay))
-
-    def _decayed(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> Iterator[tuple[nn.Parameter, int, dict[str, Any]]]:
-        """Yield the cores that an optimizer decays, how many of their layer train, and their group."""
-        if self._factors is None:
-            layers = [
-                [core for core in m.cores if core.requires_grad] for m in module.modules() if isinstance(m, MPOLayer)
-            ]
-            self._factors = {core: len(cores) for cores in layers for core in cores}
-        for group in optimizer.param_groups if self._factors else ():
-            if group.get("weight_decay"):
-                yield from ((p, self._factors[p], group) for p in group["params"] if p in self._factors)
+        """Give back what decay of its own has taken."""
+        if self._decay is not None:
+            self._decay.give_back(optimizer)
 
 
 @contextlib.contextmanager
@@ -564,10 +494,6 @@ def _of_layer(name: str) -> Iterator[None]:
         yield
     except ModelError as error:
         raise ModelError(f"Layer {name!r}: {error}") from error
-
-
-def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, torch.optim.AdamW)
 
 
 def _are_modes(modes: object) -> bool:
