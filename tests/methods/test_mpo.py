@@ -397,7 +397,7 @@ def test_bonds_are_squeezed_while_training_and_the_bound_holds_in_the_end(tmp_pa
     class Watched(MPO):
         def on_step_begin(self, trainer, module):
             super().on_step_begin(trainer, module)
-            forms = self._forms({name: layers[name] for name in self._bonds})
+            forms = self._forms({name: self._sites[name] for name in self._bonds})
             if self._squeezed_at != self.steps:
                 return
             for name, bonds in self._bonds.items():
