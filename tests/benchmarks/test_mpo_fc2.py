@@ -110,7 +110,8 @@ def test_bonds_of_16_from_scratch_are_as_good_as_dense(digits, tmp_path, record_
             before = [accuracy(compress(dense, method, dense.example_input_array)[0], digits) for method in methods]
             note(row, fit(tuned, digits, seed, tmp_path, *methods), own, *before)
     for row, found in cells.items():
-        shares = [f"{statistics.mean(c):.2f} ± {statistics.stdev(c):.2f}" for c in list(zip(*found, strict=True))[:3]]
+        columns = list(zip(*found, strict=True))[:3]
+        shares = ["-" if math.isnan(c[0]) else f"{statistics.mean(c):.2f} ± {statistics.stdev(c):.2f}" for c in columns]
         print(f"| {row} | {' | '.join(shares)} | {found[0][3]:,} | {found[0][4]:,} |")
     record_property("cells", cells)
     assert statistics.mean(change for _, change, *_ in cells["MPO from scratch, bonds 16 and 4"]) >= -0.5
