@@ -276,19 +276,16 @@ class _Transposed(MPO):
 
     def _left(self, z: Tensor, pixels: int = 1) -> Tensor:
         z = z.reshape(-1, self.form.columns * pixels).T  # [I P, B]
-        cores = list(self.cores)[: len(self.form.inputs)]
-        for core in cores:
-            out, right, left, inner = core.shape
-            z = core.reshape(out * right, left * inner) @ z.reshape(left * inner, -1)
-            z = z.reshape(out, -1).T
-        return z.reshape(cores[-1].shape[1], pixels, -1, self.form.rows).permute(2, 3, 0, 1)
+        for core, out in zip(self.cores, self.form.outputs, strict=False):
+            z = (core @ z.reshape(core.shape[1], -1)).reshape(out, -1).T
+        return z.reshape(self.grids()[-1].shape[1], pixels, -1, self.form.rows).permute(2, 3, 0, 1)
 
     def _right(self, z: Tensor, pixels: int = 1) -> Tensor:
-        cores = list(self.cores)[: len(self.form.inputs)][::-1]
-        z = z.reshape(-1, self.form.columns * cores[0].shape[1], pixels).permute(2, 0, 1)  # [P, B, I D]
-        for core in cores:
-            out, right, left, inner = core.shape
-            matrix = core.permute(3, 1, 0, 2).reshape(inner * right, out * left)
+        grids = self.grids()[::-1]
+        z = z.reshape(-1, self.form.columns * grids[0].shape[1], pixels).permute(2, 0, 1)  # [P, B, I D]
+        for grid in grids:
+            out, right, left, inner = grid.shape
+            matrix = grid.permute(3, 1, 0, 2).reshape(inner * right, out * left)
             z = (z.reshape(-1, inner * right) @ matrix).reshape(-1, out, left).transpose(0, 1)
         return z.reshape(self.form.rows, pixels, -1).permute(2, 0, 1)
 

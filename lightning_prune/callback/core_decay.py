@@ -1,8 +1,8 @@
 """Weight decay on layers that are products of cores: one ``n``-th on each of ``n``, so that the product shrinks as a dense weight would.
 
 What SGD, Adam and others add to the gradient is lessened there, before clipping; where decay is a factor of its own (AdamW), the cores are grown
-back after the step, which scales the step itself by less than the learning rate times the decay. Optimizers that name neither ``weight_decay`` nor
-``decoupled_weight_decay`` in their groups as torch does are left alone.
+back after the step, which scales the step itself by less than the learning rate times the decay. How other optimizers than torch's own decay is
+not known; they are left alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,12 @@ import torch
 from torch import nn
 
 from lightning_prune.structure.mpo import MPO
+
+_COUPLED = tuple(
+    getattr(torch.optim, name)
+    for name in ("SGD", "ASGD", "Adadelta", "Adagrad", "RMSprop", "Adam", "Adamax", "NAdam", "RAdam")
+)
+_DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon)  # and those whose groups say so
 
 
 class CoreDecay:
@@ -39,14 +45,16 @@ class CoreDecay:
         for core, count, group in self._decayed(optimizer):
             if core.grad is not None and _is_decoupled(optimizer, group):
                 decay = float(group["lr"]) * group["weight_decay"]
-                core.mul_((1 - decay / count) / (1 - decay))
+                if decay < 1:  # else nothing is left to grow
+                    core.mul_((1 - decay / count) / (1 - decay))
 
     def _decayed(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, int, dict[str, Any]]]:
         """Yield the cores that an optimizer decays, how many of their layer train, and their group."""
-        for group in optimizer.param_groups if self._counts else ():
+        known = self._counts and isinstance(optimizer, _COUPLED + _DECOUPLED)
+        for group in optimizer.param_groups if known else ():
             if group.get("weight_decay"):
                 yield from ((p, self._counts[p], group) for p in group["params"] if p in self._counts)
 
 
 def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, torch.optim.AdamW)
+    return bool(group.get("decoupled_weight_decay")) or isinstance(optimizer, _DECOUPLED)

@@ -48,7 +48,6 @@ from lightning_prune.structure.tensor_train import (
     Form,
     check_error,
     cut_values,
-    entropy,
     modes_for,
     tt_svd,
     tt_svd_within,
@@ -59,6 +58,8 @@ from lightning_prune.structure.unrolled import Unrolled, extents_of, unroll, why
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+_FILLED = 4  # times as many rows or columns as a layer has may be filled up with zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +130,12 @@ class MPO(Compression):
         error: Share of its norm that each weight may lose, in [0, 1).
         bond: Bond between all cores, or bonds by name or glob of a layer; those larger than useful are lowered.
         cores: Cores of a linear layer, and of a convolution beside its kernel; at least 2.
-        mode: ``"pretrained"`` decomposes the weights, ``"scratch"`` draws the cores with the variance that the weights have.
+        mode: ``"pretrained"`` decomposes the weights, ``"scratch"`` draws the cores with the variance that the weights have and zeroes the bias.
         train: How to contract while training: ``"auto"`` by the rule of the layer, ``"factorized"`` or ``"reconstruct"`` (the dense weight first).
         modes: Output and input modes by name or glob of a layer, ``{"fc1": [[4, 4, 4, 4], [4, 7, 7, 4]]}``; others are chosen.
         unroll: Convolutions to take as one linear map over their flattened input, for inputs of the example's size: names, globs or types. What comes
             out shares no weights between pixels, so pretrained it is a convolution only as far as the bonds allow. None: none.
-        auxiliary_only: Whether the largest core of every layer is frozen and only the others train.
+        auxiliary_only: Whether the largest core of every decomposed layer is frozen and only the others train.
         dimension_squeezing: Whether bonds shrink step by step while training, where least is lost; needs ``params`` or ``flops`` and ``until_epoch``.
         every_n_steps: Optimizer steps from one squeezing to the next.
         seed: Of the cores drawn from scratch.
@@ -196,8 +197,7 @@ class MPO(Compression):
             self.target.check("MPO")
         if self.error is not None:
             check_error(self.error)
-        bonds = list(self.bond.values()) if isinstance(self.bond, Mapping) else [] if self.bond is None else [self.bond]
-        if any(type(b) is not int or b < 1 for b in bonds) or self.bond == {}:
+        if self.bond is not None and not _are_bonds(self.bond):
             raise OptionError(
                 f"MPO(bond={self.bond!r}): give an integer of at least 1, or such by name or glob of a layer."
             )
@@ -207,11 +207,11 @@ class MPO(Compression):
         check_choice(self, "train", tuple(WAYS))
         for name in ("auxiliary_only", "dimension_squeezing"):
             check_choice(self, name, (False, True))
-        for name, modes in (self.modes or {}).items():
-            if not _are_modes(modes):
-                raise OptionError(
-                    f"MPO(modes={{{name!r}: {modes!r}}}): give output and input modes, as many of each, such as [[4, 4], [7, 7]]."
-                )
+        if self.modes is not None and not _are_modes(self.modes):
+            raise OptionError(
+                f"MPO(modes={self.modes!r}): give output and input modes by name or glob of a layer, as many of each, "
+                "such as {'fc1': [[4, 4], [7, 7]]}."
+            )
         if self.gradual and (not self.bounded or self.until_epoch is None or self.mode == "scratch"):
             raise OptionError(
                 "MPO(dimension_squeezing=True) shrinks bonds of trained weights towards a budget: give params= or flops=, and until_epoch=; "
@@ -220,6 +220,10 @@ class MPO(Compression):
         if self.gradual and self.unroll is not None:
             raise OptionError(
                 "MPO(unroll=...) goes without dimension_squeezing=True, under which layers stay convolutions until the end."
+            )
+        if self.auxiliary_only is True and self.mode == "scratch":
+            raise OptionError(
+                "MPO(auxiliary_only=True) freezes the largest core of decomposed weights; with mode='scratch' it would freeze one drawn at random."
             )
         if not self.gradual and (self.start_epoch or self.until_epoch is not None):
             raise OptionError(
@@ -276,19 +280,13 @@ class MPO(Compression):
             BudgetError: If the budget cannot be met.
         """
         sites, alone = self._find(task.model, task.cost.shapes)
-        forms, values, dense = self._choose(task, sites)
-        steps = [
-            step for name, form in forms.items() for step in self._steps(name, sites[name], form, values.get(name))
-        ]
+        forms, dense = self._choose(task, sites)
+        steps = [step for name, form in forms.items() for step in self._steps(name, sites[name], form)]
         return Plan(tuple(steps), alone | dense)
 
-    def _steps(self, name: str, site: Site, form: Form, values: Sequence[Tensor] | None) -> list[Step]:
-        scratch = self.mode == "scratch"
-        kept = () if scratch else zip(values or self._values(name, site, form), form.bonds, strict=True)
-        entropies = tuple(round(entropy(v[:bond]), 6) for v, bond in kept)
-        seed = zlib.crc32(f"{self.seed} {name}".encode()) if scratch else None
-        settings = {"train": self.train, "auxiliary": self.auxiliary_only, "seed": seed, "entropies": entropies}
-        return site.steps(name, form, **settings)
+    def _steps(self, name: str, site: Site, form: Form) -> list[Step]:
+        seed = zlib.crc32(f"{self.seed} {name}".encode()) if self.mode == "scratch" else None
+        return site.steps(name, form, train=self.train, auxiliary=self.auxiliary_only, seed=seed)
 
     def _find(
         self, model: nn.Module, shapes: Mapping[str, Shapes] | None = None
@@ -299,6 +297,8 @@ class MPO(Compression):
         def obstacle(name: str, layer: nn.Module) -> str | None:
             if getattr(layer, "groups", 1) > 1 and name not in unrolled:
                 return "it is a convolution in groups"
+            if self.mode == "pretrained" and not self.gradual and not bool(layer.get_parameter("weight").any()):
+                return "all its weights are zero, and so would be all cores and their gradients"
             if shapes is None:
                 return None
             if not shapes.get(name):
@@ -332,24 +332,22 @@ class MPO(Compression):
             outputs, inputs = given.get(name) or modes_for(rows, columns, self.cores)
             kernel = positions_of(describe(layer))
             form = Form(tuple(outputs), tuple(inputs), (1,) * (len(outputs) - (kernel == 0)), kernel)
-            if form.rows < rows or form.columns < columns:
+            if not (rows <= form.rows <= _FILLED * rows and columns <= form.columns <= _FILLED * columns):
                 raise OptionError(
-                    f"MPO(modes=...): those of {name!r} multiply to {form.rows} outputs and {form.columns} inputs; the layer has {rows} and "
-                    f"{columns}. Give as much or more; the rest is filled up with zeros."
+                    f"MPO(modes=...): those of {name!r} multiply to {form.rows:,} outputs and {form.columns:,} inputs; the layer has {rows:,} and "
+                    f"{columns:,}. Give as much, or up to {_FILLED} times as much; the rest is filled up with zeros."
                 )
             found[name] = form
         return found
 
-    def _choose(
-        self, task: Task, sites: Mapping[str, Site]
-    ) -> tuple[dict[str, Form], dict[str, list[Tensor]], dict[str, str]]:
-        """Return the forms of layers that change, the singular values at the cuts as far as the choice needed them, and why others stay dense."""
+    def _choose(self, task: Task, sites: Mapping[str, Site]) -> tuple[dict[str, Form], dict[str, str]]:
+        """Return the forms of layers that change, and why others stay dense."""
         forms = self._forms(sites)
         if self.bounded is not None:
             values = {name: self._values(name, site, forms[name]) for name, site in sites.items()}
             chosen = self._within_budget(task, sites, forms, values)
             cheaper = {name: "the budget is met with it dense" for name in forms if name not in chosen}
-            return chosen, values, cheaper
+            return chosen, cheaper
         chosen, dense = {}, {}
         for name, form in self._at_target(sites, forms).items():
             have, would = (sites[name].price(f, "params") for f in (None, form))
@@ -360,7 +358,7 @@ class MPO(Compression):
                     f"bonds {'/'.join(map(str, form.bonds)) or 'none'} would take {would:,} parameters, dense it has {have:,}"
                 )
         unasked = set(forms) - set(chosen) - set(dense)
-        return chosen, {}, dense | dict.fromkeys(sorted(unasked), "bond= does not name it")
+        return chosen, dense | dict.fromkeys(sorted(unasked), "bond= does not name it")
 
     def _values(self, name: str, site: Site, form: Form) -> list[Tensor]:
         """Return the singular values at the cuts of a weight; from scratch all directions count alike."""
@@ -384,7 +382,7 @@ class MPO(Compression):
             chosen[name] = forms[name].with_bonds(useful_bonds(forms[name].sizes, bond))
             if set(chosen[name].bonds) - {bond}:
                 told = "/".join(map(str, chosen[name].bonds))
-                log.info(
+                log.warning(
                     "MPO: bonds of %d between all cores of layer %r are larger than useful; lowered to %s.",
                     bond,
                     name,
@@ -496,11 +494,23 @@ def _of_layer(name: str) -> Iterator[None]:
         raise ModelError(f"Layer {name!r}: {error}") from error
 
 
+def _are_bonds(bond: object) -> bool:
+    if not isinstance(bond, Mapping):
+        return type(bond) is int and bond >= 1
+    return bool(bond) and all(isinstance(name, str) and type(b) is int and b >= 1 for name, b in bond.items())
+
+
 def _are_modes(modes: object) -> bool:
+    if not isinstance(modes, Mapping):
+        return False
+    return all(isinstance(name, str) and _are_pairs(pair) for name, pair in modes.items())
+
+
+def _are_pairs(pair: object) -> bool:
     return (
-        isinstance(modes, Sequence)
-        and len(modes) == 2
-        and all(isinstance(side, Sequence) and not isinstance(side, str) and len(side) for side in modes)
-        and len(modes[0]) == len(modes[1])
-        and all(type(size) is int and size >= 1 for side in modes for size in side)
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and all(isinstance(side, Sequence) and not isinstance(side, str) and len(side) for side in pair)
+        and len(pair[0]) == len(pair[1])
+        and all(type(size) is int and size >= 1 for side in pair for size in side)
     )

@@ -4,8 +4,8 @@ A layer contracts its cores with the input from the first core on, from the last
 cheapest for the rows or pixels at hand is taken by a rule (:meth:`lightning_prune.structure.tensor_train.Form.way`), not by a clock, so that the
 same layer computes the same way everywhere. An exported graph holds one way for every batch, and never the dense weight.
 
-Core ``k`` is stored as ``[J_k, D_k, D_{k-1}, I_k]``: as the matrix ``[J_k D_k, D_{k-1} I_k]`` it maps the ``k``-th input mode with the
-bond before it to the ``k``-th output mode with the bond after it, and nothing is transposed on the way. The core of a kernel is ``[D_n, K]``.
+Core ``k`` is stored as the matrix ``[J_k D_k, D_{k-1} I_k]`` that maps the ``k``-th input mode with the bond before it to the ``k``-th output
+mode with the bond after it: nothing is transposed on the way. The core of a kernel is ``[D_n, K]``.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ModelError
 from lightning_prune.structure.layers import DenseLayer, describe, is_plain
-from lightning_prune.structure.tensor_train import Form, Way, contract, fold, unfold
+from lightning_prune.structure.tensor_train import Form, Way, contract, entropies, fold, unfold
 
 Training: TypeAlias = Literal["auto", "factorized", "reconstruct"]
 WAYS: dict[Training, tuple[Way, ...]] = {
@@ -51,9 +51,8 @@ class MPO(nn.Module):
         check_form(like, form)
         self.form, self.train_by, self.weight_shape = form, train, tuple(like.weight.shape)
         ends = (1, *form.bonds, 1)
-        shapes: list[tuple[int, ...]] = [
-            (j, ends[k + 1], ends[k], i) for k, (j, i) in enumerate(zip(form.outputs, form.inputs, strict=True))
-        ]
+        pairs = enumerate(zip(form.outputs, form.inputs, strict=True))
+        shapes = [(j * ends[k + 1], ends[k] * i) for k, (j, i) in pairs]
         shapes += [(form.bonds[-1], form.kernel)] if form.kernel else []
         self.cores = nn.ParameterList([like.weight.new_empty(shape) for shape in shapes])
         self.cores.requires_grad_(like.weight.requires_grad)
@@ -74,20 +73,29 @@ class MPO(nn.Module):
             cores: ``[D_{k-1}, J_k I_k, D_k]``, ``[D_n, K, 1]`` for the kernel.
             bias: ``[N]``, or None.
         """
-        pairs = zip(self.form.outputs, self.form.inputs, strict=True)
-        for core, values, (j, _) in zip(self.cores, cores, pairs, strict=False):
-            core.copy_(values.reshape(values.shape[0], j, -1, values.shape[2]).permute(1, 3, 0, 2))
+        for grid, values, j in zip(self.grids(), cores, self.form.outputs, strict=False):
+            grid.copy_(values.reshape(values.shape[0], j, -1, values.shape[2]).permute(1, 3, 0, 2))
         if self.form.kernel:
             self.cores[-1].copy_(cores[-1][:, :, 0])
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
+
+    def grids(self) -> list[Tensor]:
+        """Return the cores as ``[J_k, D_k, D_{k-1}, I_k]``, without that of a kernel."""
+        ends, pairs = (1, *self.form.bonds, 1), zip(self.form.outputs, self.form.inputs, strict=True)
+        sizes = ((j, ends[k + 1], ends[k], i) for k, (j, i) in enumerate(pairs))
+        return [core.view(size) for core, size in zip(self.cores, sizes, strict=False)]
+
+    def entropies(self) -> list[float]:
+        """Return the entanglement entropy of every cut of the weight that the cores stand for."""
+        return entropies(sites_of(list(self.cores), self.form))
 
     def dense_weight(self) -> Tensor:
         """Return the weight ``[N, C, *kernel]`` that the cores stand for.
 
         The last product has rows of the weight as its rows, only in another order: of the large result, whole rows are copied.
         """
-        *first, last = list(self.cores)[: len(self.form.inputs)]
+        *first, last = self.grids()
         j, _, bond, _ = last.shape
         right = last.permute(0, 2, 3, 1)  # [J, D, I, D']
         right = (right @ self.cores[-1] if self.form.kernel else right).reshape(j, bond, -1)  # [J, D, I K]
@@ -109,18 +117,17 @@ class MPO(nn.Module):
     def _left(self, z: Tensor, pixels: int = 1) -> Tensor:
         """Contract ``[B, I, P]`` from the first core on to ``[B J_1 ... J_{n-1}, J_n D_n, P]``."""
         rest = self.form.columns * pixels
-        for core in list(self.cores)[: len(self.form.inputs)]:
-            out, right, left, inner = core.shape
+        for core, inner in zip(self.cores, self.form.inputs, strict=False):
             rest //= inner
-            z = _product(core.reshape(out * right, left * inner), z, rest)
+            z = _product(core, z, rest)
         return z
 
     def _right(self, z: Tensor, pixels: int = 1) -> Tensor:
         """Contract ``[B, I, D_n, P]`` from the last core on to ``[B, J_1, J_2 ... J_n P]``."""
         rest = pixels
-        for core in list(self.cores)[: len(self.form.inputs)][::-1]:
-            out, right, left, inner = core.shape
-            matrix = core.permute(2, 0, 3, 1).reshape(left * out, inner * right)
+        for grid in self.grids()[::-1]:
+            out, right, left, inner = grid.shape
+            matrix = grid.permute(2, 0, 3, 1).reshape(left * out, inner * right)
             z = _product(matrix, z, rest)
             rest *= out
         return z
@@ -134,7 +141,13 @@ class MPOLinear(MPO):
         self.in_features, self.out_features = like.in_features, like.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x W^T + b``."""
+        """Return ``x W^T + b``.
+
+        Raises:
+            ModelError: If ``x`` has another width.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ModelError(f"This layer takes inputs of width {self.in_features}; got {list(x.shape)}.")
         rows = math.prod(x.shape[:-1])
         way = self.way(rows)
         if way == "dense":
@@ -164,10 +177,18 @@ class MPOConv(MPO):
         self._reversed_padding_repeated_twice = like._reversed_padding_repeated_twice
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of ``x`` with ``W``, plus ``b``."""
+        """Return the convolution of ``x`` with ``W``, plus ``b``.
+
+        Raises:
+            ModelError: If ``x`` has other channels or axes.
+        """
         axes = len(self.kernel_size)
         if x.ndim == axes + 1:
             return self.forward(x[None])[0]
+        if x.ndim != axes + 2 or x.shape[1] != self.in_channels:
+            raise ModelError(
+                f"This layer takes maps of {self.in_channels} channels and {axes} axes; got {list(x.shape)}."
+            )
         inner = math.prod(x.shape[2:])
         way = self.way(x.shape[0] * self._pixels(x.shape[2:]), x.shape[0] * inner)
         if way == "dense":
@@ -258,6 +279,15 @@ def tensor_of(layer: DenseLayer, form: Form) -> Tensor:
 def weight_from(cores: Sequence[Tensor], form: Form, shape: Sequence[int]) -> Tensor:
     """Return the weight ``[N, C, *kernel]`` of cores ``[D_{k-1}, J_k I_k, D_k]``."""
     return unfold(contract(cores), form, shape)
+
+
+def sites_of(cores: Sequence[Tensor], form: Form) -> list[Tensor]:
+    """Return stored cores as ``[D_{k-1}, J_k I_k, D_k]``, the inverse of :meth:`MPO.fill`; float64, detached."""
+    ends, found = (1, *form.bonds, 1), []
+    for k, (j, i) in enumerate(zip(form.outputs, form.inputs, strict=True)):
+        grid = cores[k].detach().double().view(j, ends[k + 1], ends[k], i)
+        found.append(grid.permute(2, 0, 3, 1).reshape(ends[k], j * i, ends[k + 1]))
+    return [*found, cores[-1].detach().double()[:, :, None]] if form.kernel else found
 
 
 def _product(matrix: Tensor, z: Tensor, rest: int) -> Tensor:

@@ -13,6 +13,7 @@ All decompositions are computed in float64.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -266,6 +267,26 @@ def entropy(values: Tensor) -> float:
 
 
 @torch.no_grad()
+def entropies(cores: Sequence[Tensor]) -> list[float]:
+    """Return the entropy of every cut of the tensor that cores stand for, whatever their gauge.
+
+    Args:
+        cores: ``[D_{k-1}, p_k, D_k]``.
+    """
+    wide = [core.double() for core in cores]
+    for k in range(len(wide) - 1, 0, -1):  # from the last on, rows of what lies right of a cut become orthonormal
+        q, r = torch.linalg.qr(wide[k].flatten(1).mT)
+        wide[k] = q.mT.reshape(-1, *wide[k].shape[1:])
+        wide[k - 1] = wide[k - 1] @ r.mT
+    found, rest = [], wide[0]
+    for core in wide[1:]:
+        _, values, right = torch.linalg.svd(rest.flatten(0, 1), full_matrices=False)
+        found.append(entropy(values))
+        rest = torch.einsum("ab,bpc->apc", values[:, None] * right, core)
+    return found
+
+
+@torch.no_grad()
 def tt_svd(tensor: Tensor, bonds: Sequence[int] | None = None) -> Train:
     """Decompose a tensor at given bonds, by singular value decompositions from the first site to the last.
 
@@ -374,6 +395,7 @@ def _sweep(tensor: Tensor, choose: Callable[[int, Tensor, float], int], energy: 
     return Train(cores, discarded)
 
 
+@functools.cache
 def _most_equal(size: int, count: int) -> tuple[int, ...]:
     """Return the exact factors whose largest is least, and of the rest likewise; ascending."""
     if count == 1:

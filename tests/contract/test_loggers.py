@@ -185,7 +185,7 @@ def test_scalars_are_what_the_model_says(told):
                 expected[f"outputs/net.{name}"] = parts["rotate_out"].weight.shape[1]
         elif isinstance(module, MPO):
             expected[f"kept/net.{name}"] = sizes[0] / sizes[1]
-            expected[f"bond/net.{name}"] = max(core.shape[1] for core in list(module.cores)[:-1])
+            expected[f"bond/net.{name}"] = max(module.form.bonds)
         elif isinstance(module, nn.Conv2d | nn.Linear) and (module.weight == 0).any():
             alive = int((module.weight != 0).sum())
             expected[f"kept/net.{name}"] = alive / before.weight.numel()  # of the dense layer's

@@ -1,12 +1,16 @@
 """A fit that is killed at any step and resumed from its last epoch-boundary checkpoint ends bit for bit as the uninterrupted one."""
 
+import copy
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from lit import LitNet, loader, trainer
 from toys import KINDS, NAMES, make
+
+from lightning_prune import load_from_checkpoint
 
 EPOCHS = 4
 SETTINGS = {
@@ -82,3 +86,17 @@ def test_killed_and_resumed_equals_uninterrupted(run_jobs, tmp_path, method, set
 @pytest.mark.parametrize("method", NAMES)
 def test_killed_at_20_random_steps_and_resumed_equals_uninterrupted(run_jobs, tmp_path, method, setting):
     check(run_jobs, tmp_path, method, SETTINGS[setting], sorted(random.Random(7).sample(range(1, 40), 20)), count=320)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_model_takes_the_state_that_it_its_copy_and_its_file_give(method, tmp_path):
+    model = LitNet()
+    run = trainer(tmp_path, callbacks=[make(method)])
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "small.ckpt")
+    read = load_from_checkpoint(LitNet, tmp_path / "small.ckpt")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for giver in (model, copy.deepcopy(model), read):
+        for taker in (model, copy.deepcopy(model), read):
+            taker.load_state_dict(giver.state_dict())
+            assert all(torch.equal(value, state[key]) for key, value in taker.state_dict().items())

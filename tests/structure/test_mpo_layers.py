@@ -140,6 +140,20 @@ def test_one_compiled_graph_serves_batches_that_are_contracted_in_different_ways
         torch.testing.assert_close(compiled(x), small(x))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "match"),
+    [
+        (nn.Linear(16, 9), (3, 32), r"width 16; got \[3, 32\]"),
+        (nn.Conv2d(4, 9, 3), (3, 8, 5, 5), r"4 channels and 2 axes; got \[3, 8, 5, 5\]"),
+        (nn.Conv2d(4, 9, 3), (8, 5, 5), r"4 channels and 2 axes; got \[1, 8, 5, 5\]"),
+        (nn.Conv1d(4, 9, 3), (2, 2, 4, 5), r"4 channels and 1 axes"),
+    ],
+)
+def test_inputs_of_another_size_are_refused_also_where_they_could_be_cut_into_more_rows(layer, shape, match):
+    with pytest.raises(ModelError, match=match):
+        converted(layer)(torch.zeros(shape))
+
+
 def test_flags_types_and_sizes_are_those_of_the_dense_layer():
     layer = nn.Conv2d(4, 6, 3, bias=False).bfloat16().eval().requires_grad_(False)
     small = build_mpo(layer, form_of(layer, 2, 2))

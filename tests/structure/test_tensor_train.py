@@ -14,6 +14,7 @@ from lightning_prune.structure.tensor_train import (
     contract,
     cut_values,
     draw,
+    entropies,
     entropy,
     factors,
     fold,
@@ -141,6 +142,18 @@ def test_entropy_lies_between_nothing_and_the_logarithm_of_the_bond(tensor):
         found = [entropy(values) for values in cut_values(contract(gauge))]
         assert found == pytest.approx([entropy(values) for values in cut_values(contract(train.cores))], abs=1e-9)
         assert all(0 <= s <= math.log(bond) + 1e-9 for s, bond in zip(found, train.bonds, strict=True))
+        assert entropies(gauge) == pytest.approx(found, abs=1e-9)
+
+
+def test_entropies_are_those_of_the_product_in_any_gauge():
+    form = Form((3, 2, 4), (2, 5, 3), (6, 12, 9), 9)  # the second bond is larger than the right side of it lets count
+    cores = draw(form, 1.0, seed=0)
+    expected = [entropy(values) for values in cut_values(contract(cores))]
+    assert entropies(cores) == pytest.approx(expected, abs=1e-9)
+    mix = torch.randn(12, 12, dtype=torch.float64)
+    cores[1], cores[2] = cores[1] @ mix, torch.einsum("ab,bpc->apc", mix.inverse(), cores[2])
+    assert entropies(cores) == pytest.approx(expected, abs=1e-9)
+    assert entropies([torch.zeros(1, 4, 2), torch.zeros(2, 5, 1)]) == [0.0]
 
 
 @pytest.mark.parametrize("kernel", [0, 9])

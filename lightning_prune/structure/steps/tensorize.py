@@ -36,8 +36,7 @@ class Tensorize(Replacement):
         bonds: Bonds between the cores.
         train: How the layer contracts while it trains.
         auxiliary: Whether only the smaller cores train and the largest is frozen.
-        seed: Of a draw of all cores, with the variance of the weight that they replace; None decomposes that weight.
-        entropies: Entanglement entropies of the weight at its cuts, for the reader.
+        seed: Of a draw of all cores, with the variance of the weight that they replace, the bias zero; None decomposes that weight.
 
     Raises:
         PlanError: If the layer has no such form.
@@ -52,11 +51,10 @@ class Tensorize(Replacement):
     train: Training = "auto"
     auxiliary: bool = False
     seed: int | None = None
-    entropies: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         right = self.train in WAYS and type(self.auxiliary) is bool and (self.seed is None or type(self.seed) is int)
-        if not right or not all(type(s) is float for s in self.entropies):
+        if not right:
             raise PlanError(
                 f"Module {self.module!r}: {self.train!r}, {self.auxiliary!r}, {self.seed!r} are no settings of an MPO layer."
             )
@@ -80,7 +78,10 @@ class Tensorize(Replacement):
     def cores(self, layer: DenseLayer) -> list[Tensor]:
         """Return the values of the cores, float64 ``[D_{k-1}, J_k I_k, D_k]``, of equal norm."""
         if self.seed is None:
-            return balance(tt_svd(tensor_of(layer, self.form), self.form.bonds).cores)
+            try:
+                return balance(tt_svd(tensor_of(layer, self.form), self.form.bonds).cores)
+            except ModelError as error:
+                raise ModelError(f"Layer {self.module!r}: {error}") from error
         variance = float(layer.weight.detach().double().square().mean())
         glorot = 2 / (layer.weight.shape[0] + layer.weight[0].numel())  # for a layer that starts as zero
         return draw(self.form, variance or glorot, self.seed)
@@ -94,12 +95,15 @@ class Tensorize(Replacement):
         layer = self.find(model)
         weight = weight_from(self.cores(layer), self.form, layer.weight.shape)
         swap(layer.weight, torch.empty_like(layer.weight.data).copy_(weight))
+        if self.seed is not None and layer.bias is not None:
+            swap(layer.bias, torch.zeros_like(layer.bias.data))
 
     def apply(self, model: nn.Module) -> None:
         """Put the cores in the place of the dense layer."""
         layer = self.find(model)
         small = self._built(layer)
-        small.fill(self.cores(layer), layer.bias)
+        bias = layer.bias if self.seed is None or layer.bias is None else torch.zeros_like(layer.bias)
+        small.fill(self.cores(layer), bias)
         model.set_submodule(self.module, small)
 
     def _built(self, layer: DenseLayer) -> MPOLinear | MPOConv:
@@ -109,8 +113,8 @@ class Tensorize(Replacement):
         return small
 
     def facts(self) -> dict[str, float]:
-        """Return the largest bond and the entropy of every cut."""
-        return {"bond": max(self.bonds, default=1)} | {f"entropy_{k}": s for k, s in enumerate(self.entropies, 1)}
+        """Return the largest bond."""
+        return {"bond": max(self.bonds, default=1)}
 
     def removed(self) -> int:
         """Return how many weights fewer the cores have."""
@@ -122,11 +126,10 @@ class Tensorize(Replacement):
         bias = 0 if layer.bias is None else layer.bias.numel()
         costs = form.multiply_adds()
         share = min(costs["left"], costs["right"]) / layer.weight.numel()
-        told = "".join(f", entropy {'/'.join(f'{s:.2f}' for s in self.entropies)}" if self.entropies else "")
         modes = " ".join(f"{j}x{i}" for j, i in zip(form.outputs, form.inputs, strict=True))
         return {
             "action": f"MPO, bonds {'/'.join(map(str, form.bonds)) or 'none'}",
             "before": f"{self.before['type']} {'x'.join(map(str, layer.weight.shape))}",
-            "after": f"cores {modes}{f' {form.kernel}' if form.kernel else ''}; {share:.0%} of the multiply-adds core by core{told}",
+            "after": f"cores {modes}{f' {form.kernel}' if form.kernel else ''}; {share:.0%} of the multiply-adds core by core",
             "kept": (form.params + bias) / (layer.weight.numel() + bias),
         }
