@@ -30,7 +30,7 @@ from lightning_prune.structure.factorized import (
 )
 from lightning_prune.structure.layers import DenseLayer, is_plain
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.replaceable import replaceable
+from lightning_prune.structure.replaceable import ZERO, replaceable
 from lightning_prune.structure.select import Pattern
 from lightning_prune.structure.spectrum import Spectrum, rank_for_energy, round_rank, spectrum
 from lightning_prune.structure.steps import Factorize
@@ -303,7 +303,9 @@ class LowRank(Compression):
         Raises:
             BudgetError: If the budget cannot be met.
         """
-        candidates, alone = find_candidates(task.model, self.scheme, self.include, self.exclude, task.cost.shapes)
+        every, alone = find_candidates(task.model, self.scheme, self.include, self.exclude, task.cost.shapes)
+        candidates = {name: found for name, found in every.items() if bool(found.layer.weight.any())}
+        alone |= dict.fromkeys(set(every) - set(candidates), ZERO)
         spectra = {name: found.values for name, found in spectra_of(candidates, self.energy).items()}
         ranks, dense = choose_ranks(task, candidates, spectra, self.target)
         return Plan(factorize_steps(candidates, ranks), alone | dense)

@@ -41,7 +41,7 @@ from lightning_prune.structure.factorized import Shapes
 from lightning_prune.structure.layers import DenseLayer, describe, is_plain
 from lightning_prune.structure.mpo import WAYS, Training, positions_of, tensor_of, weight_from
 from lightning_prune.structure.plan import Plan
-from lightning_prune.structure.replaceable import replaceable
+from lightning_prune.structure.replaceable import ZERO, replaceable
 from lightning_prune.structure.select import Pattern, matching
 from lightning_prune.structure.steps import Step, Tensorize, Unroll
 from lightning_prune.structure.tensor_train import (
@@ -298,7 +298,7 @@ class MPO(Compression):
             if getattr(layer, "groups", 1) > 1 and name not in unrolled:
                 return "it is a convolution in groups"
             if self.mode == "pretrained" and not self.gradual and not bool(layer.get_parameter("weight").any()):
-                return "all its weights are zero, and so would be all cores and their gradients"
+                return ZERO
             if shapes is None:
                 return None
             if not shapes.get(name):

@@ -13,6 +13,9 @@ from lightning_prune.structure.select import Pattern, select
 from lightning_prune.structure.unrolled import Unrolled
 
 
+ZERO = "all its weights are zero, and so would be all factors and their gradients"
+
+
 def replaceable(
     model: nn.Module,
     include: Pattern | Sequence[Pattern] | None,

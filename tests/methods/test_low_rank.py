@@ -127,6 +127,14 @@ def test_layers_that_the_example_never_reaches_stay():
     assert "not called" in plan.left_alone["unused"]
 
 
+def test_a_layer_of_zeros_stays_since_its_factors_could_not_learn():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    nn.init.zeros_(model[2].weight)
+    _, plan = compress(model, LowRank(rank=2, align=1), torch.zeros(1, 32))
+    assert [step.module for step in plan.steps] == ["0"]
+    assert plan.left_alone["2"].startswith("all its weights are zero")
+
+
 def test_a_bound_that_cannot_be_met_names_layers_and_the_least():
     with pytest.raises(BudgetError, match=r"is the least that can be reached.*Bound by '"):
         compress(grouped(), LowRank(flops=0.01), X)
