@@ -12,7 +12,6 @@ from lightning_prune.structure.rotated import Rotated
 from lightning_prune.structure.select import Pattern, select
 from lightning_prune.structure.unrolled import Unrolled
 
-
 ZERO = "all its weights are zero, and so would be all factors and their gradients"
 
 
