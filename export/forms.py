@@ -30,13 +30,13 @@ from lightning_prune.export.inputs import Inputs, read_inputs, widened
 from lightning_prune.export.latency import CLAIM, LatencySettings, speedup, time_round
 from lightning_prune.export.optional import need
 from lightning_prune.export.outputs import as_arrays
-from lightning_prune.export.runtime import Provider, load_onnxruntime, open_session
+from lightning_prune.export.runtime import CUDA, Provider, load_onnxruntime, open_session
 from lightning_prune.export.twin import cpu_twin, run
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from lightning_prune.errors import OptionError
+from lightning_prune.errors import OptionError, RuntimeMissingError
 from lightning_prune.structure.factorized import Factorized, dense_cost, positions
 from lightning_prune.structure.layers import DenseLayer, describe, is_plain, layer_from
 from lightning_prune.structure.mpo import MPO, MPOConv, MPOLinear
@@ -78,7 +78,7 @@ class Settings:
 
     Attributes:
         form: ``"auto"``, ``"fastest"`` or ``"smallest"``.
-        provider: Where ``"fastest"`` measures.
+        provider: Where ``"fastest"`` measures; ``"cuda"`` nowhere else.
         batch_size: At which batch it does; None takes 1, or the example's where the batch is fixed.
         threads: Threads inside an operator; None takes the number of physical cores.
 
@@ -126,7 +126,7 @@ def choose(
     Raises:
         ExportError: If a form cannot be exported or run.
         OptionError: If ``batch_size`` is not the batch of an example whose batch is fixed.
-        RuntimeMissingError: If ``"fastest"`` finds no onnxruntime.
+        RuntimeMissingError: If ``"fastest"`` finds no onnxruntime, or no CUDA that ``provider`` names.
     """
     formed = cpu_twin(twin)
     layers = {name: layer for name, layer in formed.named_modules() if name and forms_of(layer)}
@@ -445,6 +445,12 @@ def _sessions(
             path = Path(folder) / f"{name}.onnx"
             onnx.save_model(_part(proto, name), path, save_as_external_data=True, location=f"{name}.data")
             session = open_session(path, settings.provider, threads=settings.threads)
+            if settings.provider == "cuda" and session.provider != CUDA:
+                raise RuntimeMissingError(
+                    f"form='fastest' shall measure with provider='cuda', but {session.provider} is what ran: "
+                    f"{session.complaint or 'this onnxruntime is built without CUDA'}. Run where CUDA loads, with "
+                    "lightning-prune[onnxruntime-gpu] installed, or give provider='auto' or 'cpu'."
+                )
             runs[form.name] = session.bind(as_arrays(call.tensors))
             ran = {"provider": session.provider, "threads": session.settings["intra_op_threads"]}
     return runs, ran

@@ -130,7 +130,7 @@ def export_onnx(
         form: Which of its exact forms (:mod:`lightning_prune.export.forms`) every factorized, rotated or tensorized layer takes in the file:
             ``"auto"`` the one with the fewest multiply-adds for the example, ``"smallest"`` with the fewest numbers, ``"fastest"`` the one
             that a clock finds fastest; a larger one only where it is faster by more than 5 %. Only of ``"fastest"`` the bytes may differ.
-        provider: Where ``"fastest"`` measures: ``"auto"`` takes CUDA where it loads, ``"cuda"`` the same, ``"cpu"`` never tries.
+        provider: Where ``"fastest"`` measures: ``"auto"`` takes CUDA where it loads, ``"cuda"`` insists on it, ``"cpu"`` never tries.
         batch_size: At which batch it does; None takes 1, or the example's with ``dynamic_batch=False``.
         threads: With how many threads; None takes the number of physical cores.
 
@@ -140,7 +140,7 @@ def export_onnx(
     Raises:
         ExportError: If the model cannot be exported, or the file would not be right.
         OptionError: If an argument is of the wrong type, or ``path`` cannot be written.
-        RuntimeMissingError: If onnx or onnxscript is not installed.
+        RuntimeMissingError: If onnx or onnxscript is not installed, or ``"fastest"`` lacks onnxruntime or the CUDA that ``provider`` names.
     """
     check_opset(opset)
     settings = Settings(form, provider, batch_size, threads)

@@ -215,6 +215,15 @@ def test_require_gpu_without_one_is_exit_code_2(here, capfd):
     assert not (here / "no").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal shows without CUDA")
+def test_fastest_on_cuda_without_one_is_exit_code_2(here, capfd):
+    words = "export run/stages/small.ckpt --model clilit.Net --output no.onnx --form fastest --provider cuda"
+    assert main(words.split()) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "provider='cuda', but CPUExecutionProvider is what ran" in line
+    assert not (here / "no.onnx").exists()
+
+
 def test_an_impossible_budget_names_the_layers(here, capfd, tmp_path):
     words = ["run", "r.yaml", "--stages.1.methods.0", "LowRank: {params: 0.01}", "--output", str(tmp_path / "run")]
     assert main(words) == 2

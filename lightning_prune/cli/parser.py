@@ -144,7 +144,10 @@ def build_parser() -> jsonargparse.ArgumentParser:
         help="form of layers in factors: auto (fewest multiply-adds), smallest, or fastest, which measures (default: auto)",
     )
     export.add_argument(
-        "--provider", type=str, default="auto", help="where fastest measures: auto, cpu or cuda (default: auto)"
+        "--provider",
+        type=str,
+        default="auto",
+        help="where fastest measures: auto (CUDA where it loads), cpu, or cuda and nowhere else (default: auto)",
     )
     export.add_argument("--batch-size", type=int, help="at which batch fastest measures (default: 1)")
     export.add_argument("--threads", type=int, help="with how many threads (default: physical cores)")

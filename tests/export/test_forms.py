@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_prune.cli import main
-from lightning_prune.errors import ExportError, OptionError, RecipeError
+from lightning_prune.errors import ExportError, OptionError, RecipeError, RuntimeMissingError
 from lightning_prune.flops import count_flops
 from lightning_prune.recipe import checks
 from lightning_prune.structure.calls import Call
@@ -254,6 +254,19 @@ def test_layers_of_one_shape_are_measured_once_on_the_provider_asked_for(monkeyp
     }
     with pytest.raises(OptionError, match="batch_size=3: the batch of this file is fixed at 1"):
         export_onnx(net, tmp_path / "b.onnx", torch.randn(1, 16), form="fastest", batch_size=3, dynamic_batch=False)
+
+
+def test_cuda_asked_for_by_name_is_measured_or_refused(monkeypatch, wide, tmp_path):
+    monkeypatch.setattr(forms_module, "open_session", lambda path, _provider, **kw: open_session(path, "cpu", **kw))
+    monkeypatch.setattr(
+        forms_module, "time_round", lambda functions, _, runs: dict.fromkeys(functions, np.full(runs, 1.0))
+    )
+    words = "provider='cuda', but CPUExecutionProvider is what ran: this .*provider='auto' or 'cpu'"
+    with pytest.raises(RuntimeMissingError, match=words):
+        export_onnx(wide, tmp_path / "net.onnx", torch.randn(1, 16), form="fastest", provider="cuda")
+    assert not list(tmp_path.iterdir())
+    export_onnx(wide, tmp_path / "net.onnx", torch.randn(1, 16), form="fastest")
+    assert read_onnx(tmp_path / "net.onnx").metadata["forms"]["provider"] == "CPUExecutionProvider"
 
 
 def test_no_dense_weight_is_rebuilt_in_the_file_or_by_the_runtime(tmp_path):
