@@ -24,7 +24,7 @@ from lightning_prune.export.inputs import Inputs, read_inputs, read_outputs, wid
 from lightning_prune.export.numbers import check_numbers
 from lightning_prune.export.onnxfile import KEY, VERSION, graph_digest, initializer_protos, read_onnx
 from lightning_prune.export.optional import need, version_of
-from lightning_prune.export.outputs import Comparison, as_arrays, rounding
+from lightning_prune.export.outputs import Arrays, Comparison, as_arrays, non_finite, rounding
 from lightning_prune.export.quiet import quiet
 from lightning_prune.export.runtime import Provider, open_session
 from lightning_prune.export.twin import cpu_twin, run, untouched_rng
@@ -138,7 +138,7 @@ def export_onnx(
         What was written.
 
     Raises:
-        ExportError: If the model cannot be exported, or the file would not be right.
+        ExportError: If the model cannot be exported, its outputs are not finite, or the file would not be right.
         OptionError: If an argument is of the wrong type, or ``path`` cannot be written.
         RuntimeMissingError: If onnx or onnxscript is not installed, or ``"fastest"`` lacks onnxruntime or the CUDA that ``provider`` names.
     """
@@ -148,7 +148,7 @@ def export_onnx(
     twin = cpu_twin(model)
     call = call.map(lambda tensor: tensor.detach().cpu().clone())
     traced = widened(call) if dynamic_batch else call
-    names = list(read_outputs(run(twin, traced), traced.tensors, type(twin).__name__))
+    names = list(_expected(twin, traced, "the example inputs"))
     formed, forms = choose(twin, call, settings, opset, dynamic_batch)
     graph = trace(cpu_twin(formed), traced, names, opset, dynamic_batch)
     plan = plan_of(model)
@@ -268,20 +268,36 @@ def _compare(path: Path, twin: nn.Module, batches: list[Inputs], tolerance: floa
         return None
     worst = 0.0
     for number, inputs in enumerate(batches):
-        comparison = Comparison(tolerance)
-        expected = as_arrays(read_outputs(run(twin, inputs), inputs.tensors, type(twin).__name__))
+        where = "the example inputs" if number == 0 else f"{inputs.batch} examples instead of {batches[0].batch}"
+        comparison, expected = Comparison(tolerance), _expected(twin, inputs, where)
         comparison.add(expected, session.run(as_arrays(inputs.tensors)))
         comparison.allow(rounding(twin, inputs, expected))
         records = comparison.records()
         worst = max([worst, *(record.relative for record in records)])
         wrong = [record.explain() for record in records if record.verdict != "rounding noise"]
         if wrong:
-            where = "the example inputs" if number == 0 else f"{inputs.batch} examples instead of {batches[0].batch}"
             raise ExportError(
                 f"The ONNX file differs from torch on {where}: {'; '.join(wrong)}. "
                 "Look in forward for random numbers, and for Python numbers, which are frozen at export; nothing was written."
             )
     return worst
+
+
+def _expected(twin: nn.Module, inputs: Inputs, where: str) -> Arrays:
+    """Return the outputs of torch.
+
+    Raises:
+        ExportError: If they are not finite: no file could be judged by them.
+    """
+    outputs = as_arrays(read_outputs(run(twin, inputs), inputs.tensors, type(twin).__name__))
+    broken = {name: count for name, array in outputs.items() if (count := non_finite(array))}
+    if broken:
+        told = ", ".join(f"{count:,} of {outputs[name].size:,} in output {name!r}" for name, count in broken.items())
+        raise ExportError(
+            f"{type(twin).__name__} returns values that are not finite for {where}: {told}. "
+            "Its training may have diverged: look at its loss and weights, and export a model from before; nothing was written."
+        )
+    return outputs
 
 
 def _is_half(twin: nn.Module) -> bool:

@@ -77,6 +77,7 @@ class _Tally:
     agreed: int = 0
     decisions: int = 0
     non_finite: int = 0
+    broken: int = 0  # values of the reference that are not finite
     reason: str = ""
 
 
@@ -135,6 +136,8 @@ class Comparison:
         relative = tally.unequal / max(1, tally.count) if exact else tally.absolute / (tally.scale or 1.0)
         agreement = tally.agreed / tally.decisions if tally.decisions else None
         reason = f"{tally.non_finite} values are not finite" if tally.non_finite else tally.reason
+        if tally.broken:
+            reason = f"{tally.broken} values of torch's own are not finite; its training may have diverged"
         verdict: Verdict = "wrong"
         if not reason and relative <= allowed:
             verdict = "rounding noise"
@@ -197,6 +200,11 @@ def as_arrays(tensors: Mapping[str, Tensor]) -> Arrays:
     }
 
 
+def non_finite(array: np.ndarray[Any, Any]) -> int:
+    """Count the values that are infinite or not a number."""
+    return int(array.size - np.isfinite(array).sum()) if array.dtype.kind == "f" else 0
+
+
 def agreement(reference: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> tuple[int, int]:
     """Count equal decisions of two outputs.
 
@@ -219,9 +227,9 @@ def _count(tally: _Tally, expected: np.ndarray[Any, Any], found: np.ndarray[Any,
         tally.reason = f"its shape is {list(found.shape)}, expected {list(expected.shape)}"
         return
     if expected.dtype.kind == "f":
-        tally.non_finite += int(found.size - np.isfinite(found).sum())
-        if not np.isfinite(expected).all():
-            tally.reason = "torch's own outputs are not finite"
+        tally.non_finite += non_finite(found)
+        if broken := non_finite(expected):
+            tally.broken += broken
             return
         with np.errstate(invalid="ignore", over="ignore"):
             gap = np.abs(found.astype(np.float64) - expected.astype(np.float64))

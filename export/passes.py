@@ -10,7 +10,7 @@ from lightning_prune.export.inputs import read_inputs, read_outputs
 from lightning_prune.export.latency import LatencySettings, speedup, summarize, time_round
 from lightning_prune.export.metrics import TaskMetric
 from lightning_prune.export.onnxfile import OnnxFile
-from lightning_prune.export.outputs import Arrays, Comparison, agreement, as_arrays, rounding
+from lightning_prune.export.outputs import Arrays, Comparison, agreement, as_arrays, non_finite, rounding
 from lightning_prune.export.runtime import Session
 from lightning_prune.export.twin import cpu_twin, run
 from rich.progress import Progress, TaskID
@@ -74,8 +74,7 @@ def run_data(
             results["torch"] = _compare(twin, batch, results["compact"], seen)
         for name, arrays in results.items():
             first = next(iter(arrays.values()))
-            bad = sum(int(a.size - np.isfinite(a).sum()) for a in arrays.values() if a.dtype.kind == "f")
-            seen.non_finite[name] = seen.non_finite.get(name, 0) + bad
+            seen.non_finite[name] = seen.non_finite.get(name, 0) + sum(map(non_finite, arrays.values()))
             if seen.metric is not None:
                 seen.metric.update(name, first, batch.target)
         if "dense" in results:

@@ -209,6 +209,18 @@ def test_a_weight_used_twice_is_stored_once(tmp_path):
     assert written.numbers == written.parameters
 
 
+@pytest.mark.parametrize("form", ["auto", "fastest"])
+def test_a_model_that_diverged_is_told_from_a_file_that_differs(tmp_path, form):
+    net = make_two_heads()
+    with torch.no_grad():
+        net.first.bias[1] = float("nan")
+        net.second.weight[:3] = float("inf")
+    words = "TwoHeads returns values that are not finite for the example inputs: 2 of 8 in output 'logits', 6 of 8 in output 'value'. .*diverged"
+    with pytest.raises(ExportError, match=words):
+        export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 3, 8, 8), form=form)
+    assert not list(tmp_path.iterdir())
+
+
 def test_opset_is_read_back(two_heads, tmp_path):
     x = torch.randn(1, 3, 8, 8)
     assert export_onnx(two_heads, tmp_path / "a.onnx", x, opset=18).opset == 18

@@ -54,6 +54,15 @@ def test_values_that_are_not_finite_are_wrong():
         assert (record.verdict, record.non_finite) == ("wrong", 1)
 
 
+def test_values_of_torch_that_are_not_finite_are_not_laid_at_the_door_of_the_file():
+    broken = SCORES.copy()
+    broken[3, :2] = np.nan, np.inf
+    for found in (broken, SCORES):
+        record = judge(broken, found)
+        assert record.verdict == "wrong"
+        assert "2 values of torch's own are not finite; its training may have diverged" in record.explain()
+
+
 def test_swapped_names_order_and_shapes_are_wrong():
     a, b = SCORES, SCORES + 1
     comparison = Comparison(1e-5)
