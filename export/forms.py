@@ -158,6 +158,15 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return table
 
 
+def grown(record: Mapping[str, Any]) -> list[str]:
+    """Return the layers whose form stores more numbers than the smallest one does."""
+    return [
+        layer
+        for layer, entry in record.get("layers", {}).items()
+        if entry["forms"][entry["form"]]["numbers"] > min(cost["numbers"] for cost in entry["forms"].values())
+    ]
+
+
 def explain(record: Mapping[str, Any]) -> str:
     """Return in one sentence how the forms were chosen."""
     where = (

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_prune.export.forms import Settings, Wish, choose
+from lightning_prune.export.forms import Settings, Wish, choose, grown
 from lightning_prune.export.graph import Graph, trace
 from lightning_prune.export.inputs import Inputs, read_inputs, read_outputs, widened
 from lightning_prune.export.numbers import check_numbers
-from lightning_prune.export.onnxfile import KEY, VERSION, graph_digest, initializer_protos, read_onnx
+from lightning_prune.export.onnxfile import KEY, VERSION, OnnxFile, graph_digest, initializer_protos, read_onnx
 from lightning_prune.export.optional import need, version_of
 from lightning_prune.export.outputs import Arrays, Comparison, as_arrays, non_finite, rounding
 from lightning_prune.export.quiet import quiet
@@ -160,6 +160,7 @@ def export_onnx(
         batches = [traced, *([_perturbed(traced)] if dynamic_batch and traced.batch else [])]
         difference = _compare(beside, twin, batches, tolerance)
     written = read_onnx(path)
+    _warn_of_growth(written)
     return ExportedFile(
         path=written.path,
         bytes=written.bytes,
@@ -193,6 +194,25 @@ def _metadata(twin: nn.Module, plan: Plan, provenance: Mapping[str, Any] | None)
         "unmasked": parameters - masked,
         "buffers": sum(buffer.numel() for buffer in twin.buffers()),
     }
+
+
+def _warn_of_growth(written: OnnxFile) -> None:
+    """Log a line where the forms of layers are why a file stores more numbers than its model has parameters."""
+    forms = written.metadata["forms"]
+    larger = grown(forms)
+    if larger and written.numbers > written.parameters:
+        logger.warning(
+            "%s stores %s numbers for the %s parameters of its model: form=%r (%s) exports %d of %d layers in a larger form, "
+            "%d of them dense. For the fewest numbers give form='smallest'.",
+            written.path,
+            f"{written.numbers:,}",
+            f"{written.parameters:,}",
+            forms["asked"],
+            forms["why"],
+            len(larger),
+            len(forms["layers"]),
+            sum(forms["layers"][name]["form"] == "dense" for name in larger),
+        )
 
 
 def _flops(twin: nn.Module, call: Inputs) -> dict[str, Any] | None:

@@ -119,6 +119,7 @@ class Report:
             for label, key, form in (
                 ("parameters", "parameters", _count),
                 *([("of them not masked", "unmasked", _count)] if masked else []),
+                *([("numbers in the file", "numbers", _count)] if "numbers" in compact else []),
                 ("FLOPs per example", "flops", _count),
                 ("file", "bytes", _size),
             )

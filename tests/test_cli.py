@@ -263,7 +263,9 @@ def test_export_writes_the_model_of_the_checkpoint(here, capfd, tmp_path):
     small, dense = tmp_path / "small.onnx", tmp_path / "dense.onnx"
     words = f"export run/stages/small.ckpt --model clilit.Net --data clilit.Data --opset 20 --output {small}"
     assert main(words.split()) == 0
-    assert capfd.readouterr().out.splitlines()[-1] == str(small)
+    out = capfd.readouterr().out
+    assert out.splitlines()[-1] == str(small)
+    assert out.startswith("195 parameters, 195 numbers in the file, ")
     assert main(f"export run/stages/dense.ckpt --model clilit.Net --dense --output {dense}".split()) == 0
     from lightning_prune.export import open_session
 

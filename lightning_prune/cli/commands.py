@@ -69,7 +69,9 @@ def export(options: Any, overrides: Overrides) -> int:
     written = export_onnx(model, options.output, example, opset=options.opset, **chosen)
     told = "".join(f", {name} as {form}" for name, form in written.forms.items())
     _console().print(
-        f"{written.parameters:,} parameters, {written.bytes:,} bytes, opset {written.opset}{told}", highlight=False
+        f"{written.parameters:,} parameters, {written.numbers:,} numbers in the file, {written.bytes:,} bytes, "
+        f"opset {written.opset}{told}",
+        highlight=False,
     )
     _last_line(written.path)
     return PASSED
@@ -161,7 +163,8 @@ def inspect(options: Any, overrides: Overrides) -> int:
     console = _console()
     console.print(plan.table(title=str(path)))
     share = f" of {dense['parameters']:,} ({facts['parameters'] / dense['parameters']:.1%})" if dense else ""
-    console.print(f"{facts['parameters']:,} parameters{share}, {len(plan.steps)} changes", highlight=False)
+    stored = f", {facts['numbers']:,} numbers in the file" if "numbers" in facts else ""
+    console.print(f"{facts['parameters']:,} parameters{share}{stored}, {len(plan.steps)} changes", highlight=False)
     if facts.get("forms"):
         console.print(_form_table(facts["forms"]))
     return PASSED
@@ -309,6 +312,7 @@ def _onnx_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:
     facts = {
         "kind": "onnx",
         "parameters": file.parameters,
+        "numbers": file.numbers,
         "opset": file.opset,
         "bytes": file.bytes,
         "flops_per_example": file.flops,

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 
 import lightning_prune.export.forms as forms_module
 import numpy as np
@@ -197,6 +198,23 @@ def test_auto_multiplies_least_smallest_stores_least_and_both_repeat_their_bytes
     assert files[0].parameters == sum(parameter.numel() for parameter in wide.parameters())
 
 
+@pytest.mark.parametrize("wish", ["auto", "smallest"])
+def test_more_numbers_than_parameters_are_told_where_forms_are_why(wish, wide, caplog, tmp_path):
+    written = export_onnx(wide, tmp_path / "net.onnx", torch.randn(1, 16), form=wish)
+    parameters = 2 * 4 * 4 * 6 + 2 * 4 * 4 * 2 + 2 * 16
+    words = f"stores {parameters + 16 * 16 - 2 * 4 * 4 * 6} numbers for the {parameters} parameters of its model"
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_prune")]
+    if wish == "smallest":
+        assert (told, written.numbers) == ([], parameters)
+        return
+    (line,) = told
+    assert caplog.records[0].levelname == "WARNING"
+    assert "\n" not in line
+    assert words in line
+    assert "form='auto' (fewest multiply-adds) exports 1 of 2 layers in a larger form, 1 of them dense." in line
+    assert "give form='smallest'" in line
+
+
 @pytest.mark.parametrize(("speed", "chosen"), [(1.04, "small"), (1.2, "large"), (0.5, "small")])
 def test_a_larger_form_must_be_faster_by_more_than_five_percent(speed, chosen, monkeypatch):
     times = {"small": 1.0, "large": 1 / speed}
@@ -315,7 +333,11 @@ def test_metadata_inspect_and_report_tell_what_was_chosen_and_why(planned, tmp_p
     assert main(["inspect", str(written.path), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["forms"] == record
     assert main(["inspect", str(written.path)]) == 0
-    assert "Forms of layers: fewest multiply-adds." in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "Forms of layers: fewest multiply-adds." in out
+    parameters, numbers = (2 * 12 + 4 + 4 + 2 * 2) * 16 + 48, (16 + 4 + 4 + 2 * 2) * 16 + 48
+    assert f"{parameters} parameters" in " ".join(out.split())
+    assert f"{numbers} numbers in the file" in " ".join(out.split())
     settings = forms_module.LatencySettings(warmup=0, runs=1, rounds=1)
     report = validate_onnx(
         written.path, dataloader=[torch.randn(2, 16)], model=small, provider="cpu", latency=settings, progress=False
@@ -323,7 +345,9 @@ def test_metadata_inspect_and_report_tell_what_was_chosen_and_why(planned, tmp_p
     assert [row["form"] for row in report.forms] == ["dense", "factors", "left"]
     report.save(tmp_path)
     for name in ("report.md", "report.html"):
-        assert "Forms of the layers" in (tmp_path / name).read_text()
+        text = (tmp_path / name).read_text()
+        assert "Forms of the layers" in text
+        assert re.search(rf"numbers in the file\W+(td\W+)*{numbers}\b", text)
     assert json.loads((tmp_path / "report.json").read_text())["forms"] == rows(record)
 
 
