@@ -121,7 +121,8 @@ def choose(
 
     Returns:
         A copy of the model, and what was chosen in JSON types: ``asked``, ``why``, ``layers`` with ``form`` and, of every ``forms``, ``numbers``,
-        ``flops`` (for the example) and ``ms``; of ``"fastest"`` also ``provider``, ``batch`` and ``threads``. Empty if no layer has several forms.
+        ``flops`` and ``ms``; ``example``, the batch of the example that the ``flops`` are for; of ``"fastest"`` also ``provider``, ``batch`` (that
+        of the ``ms``) and ``threads``. Empty if no layer has several forms.
 
     Raises:
         ExportError: If a form cannot be exported or run.
@@ -133,7 +134,7 @@ def choose(
     if not layers:
         return formed, {}
     seen = _seen(formed, layers, call)
-    record: dict[str, Any] = {"asked": settings.form, "why": REASONS[settings.form]}
+    record: dict[str, Any] = {"asked": settings.form, "why": REASONS[settings.form], "example": call.batch or 1}
     found = {name: _costs(layers[name], inputs) for name, inputs in seen.items()}
     if settings.form == "fastest":
         chosen = _measured(formed, layers, call, settings, opset, dynamic_batch, found, record)
@@ -148,14 +149,29 @@ def choose(
 
 
 def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what :func:`choose` recorded as a table, a row per layer: what was chosen, and what decided against the others."""
+    """Return what :func:`choose` recorded as a table, a row per layer: what was chosen, and what decided against the others.
+
+    ``flops_batch`` and ``ms_batch`` are the batches that its ``flops`` and ``ms`` hold for; None where unknown, or not measured.
+    """
     table = []
+    batches = {"flops_batch": record.get("example"), "ms_batch": record.get("batch")}
     for layer, entry in record.get("layers", {}).items():
         key, unit = DECIDES[record["asked"]]
         others = {form: cost[key] for form, cost in entry["forms"].items() if form != entry["form"]}
         told = "; ".join(f"{form} {value:,g}{unit}" for form, value in sorted(others.items(), key=lambda item: item[1]))
-        table.append({"layer": layer, "form": entry["form"], **entry["forms"][entry["form"]], "others": told})
+        table.append(
+            {"layer": layer, "form": entry["form"], **entry["forms"][entry["form"]], "others": told, **batches}
+        )
     return table
+
+
+def titles(table: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the titles of the columns of :func:`rows`, by key; what depends on a batch says at which it holds."""
+    example, batch = (table[0].get(key) if table else None for key in ("flops_batch", "ms_batch"))
+    flops = f"multiply-adds, example of batch {example}" if example else "multiply-adds"
+    ms = f"ms, batch {batch}" if batch else "ms"
+    plain = {name: name for name in ("layer", "form", "numbers")}
+    return plain | {"flops": flops, "ms": ms, "others": "other forms"}
 
 
 def grown(record: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning_prune.export.forms import titles
 from lightning_prune.export.markup import STYLE, escaped, flat, listing, pipe, section, show
 from lightning_prune.export.pictures import draw
 from lightning_prune.export.report import Report
@@ -69,9 +70,9 @@ def _tables(report: Report) -> Iterable[tuple[str, Sequence[str], list[Sequence[
         head = ("layer", "action", "before", "after", "kept", "reason")
         yield "Layers", head, _cells(layers, head)
     if report.forms:
-        head = ("layer", "form", "numbers", "multiply-adds", "ms", "other forms")
+        columns = titles(report.forms)
         forms = [{**row, "ms": "" if row["ms"] is None else row["ms"]} for row in report.forms]
-        yield "Forms of the layers", head, _cells(forms, ("layer", "form", "numbers", "flops", "ms", "others"))
+        yield "Forms of the layers", list(columns.values()), _cells(forms, list(columns))
     facts = {**report.data, **report.machine, **{f"provider {key}": value for key, value in report.provider.items()}}
     yield "Data, machine and runtime", ("", ""), [(key.replace("_", " "), show(value)) for key, value in facts.items()]
 

@@ -293,11 +293,11 @@ def _form_table(record: Mapping[str, Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from lightning_prune.export.forms import explain, rows
+    from lightning_prune.export.forms import explain, rows, titles
 
     table = Table(title=escape(explain(record)))
-    for name in ("layer", "form", "numbers", "multiply-adds", "ms", "other forms"):
-        table.add_column(name, justify="right" if name in ("numbers", "multiply-adds", "ms") else "left")
+    for key, title in titles(rows(record)).items():
+        table.add_column(title, justify="right" if key in ("numbers", "flops", "ms") else "left")
     for row in rows(record):
         time = "" if row["ms"] is None else f"{row['ms']:,g}"
         cells = (row["layer"], row["form"], f"{row['numbers']:,}", f"{row['flops']:,}", time, row["others"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning_prune.export import export_onnx, open_session, read_onnx, validate_onnx
-from lightning_prune.export.forms import Settings, forms_of, merge, rows
+from lightning_prune.export.forms import Settings, forms_of, merge, rows, titles
 from lightning_prune.export.latency import time_round
 from optimized import optimized_numbers
 from torch import nn
@@ -274,16 +274,17 @@ def test_layers_of_one_shape_are_measured_once_on_the_provider_asked_for(monkeyp
         export_onnx(net, tmp_path / "b.onnx", torch.randn(1, 16), form="fastest", batch_size=3, dynamic_batch=False)
 
 
-def test_cuda_asked_for_by_name_is_measured_or_refused(monkeypatch, wide, tmp_path):
+def test_cuda_asked_for_by_name_is_measured_or_refused(monkeypatch, tmp_path):
+    net = seeded(lambda: nn.Sequential(factorize(nn.Linear(16, 16), "linear", 2)))
     monkeypatch.setattr(forms_module, "open_session", lambda path, _provider, **kw: open_session(path, "cpu", **kw))
     monkeypatch.setattr(
         forms_module, "time_round", lambda functions, _, runs: dict.fromkeys(functions, np.full(runs, 1.0))
     )
     words = "provider='cuda', but CPUExecutionProvider is what ran: this .*provider='auto' or 'cpu'"
     with pytest.raises(RuntimeMissingError, match=words):
-        export_onnx(wide, tmp_path / "net.onnx", torch.randn(1, 16), form="fastest", provider="cuda")
+        export_onnx(net, tmp_path / "net.onnx", torch.randn(1, 16), form="fastest", provider="cuda")
     assert not list(tmp_path.iterdir())
-    export_onnx(wide, tmp_path / "net.onnx", torch.randn(1, 16), form="fastest")
+    export_onnx(net, tmp_path / "net.onnx", torch.randn(1, 16), form="fastest")
     assert read_onnx(tmp_path / "net.onnx").metadata["forms"]["provider"] == "CPUExecutionProvider"
 
 
@@ -349,6 +350,33 @@ def test_metadata_inspect_and_report_tell_what_was_chosen_and_why(planned, tmp_p
         assert "Forms of the layers" in text
         assert re.search(rf"numbers in the file\W+(td\W+)*{numbers}\b", text)
     assert json.loads((tmp_path / "report.json").read_text())["forms"] == rows(record)
+
+
+def test_multiply_adds_and_times_say_at_which_batch_they_hold(monkeypatch, tmp_path, capfd):
+    net = nn.Sequential(nn.Linear(16, 16))
+    small = compact(net, Plan((Factorize.of("0", net[0], "linear", 2),)))
+    fixed_clock(monkeypatch, lambda names: names[0])
+    timed = {"form": "fastest", "provider": "cpu", "batch_size": 7}
+    for wish, expected in (timed, "ms, batch 7"), ({}, "ms"):
+        written = export_onnx(small, tmp_path / "net.onnx", torch.randn(4, 16), **wish)
+        record = read_onnx(written.path).metadata["forms"]
+        assert record["layers"]["0"]["forms"]["factors"]["flops"] == 4 * 2 * 16 * 2
+        head = list(titles(rows(record)).values())
+        assert head[3:5] == ["multiply-adds, example of batch 4", expected]
+        assert main(["inspect", str(written.path)]) == 0
+        out = " ".join(capfd.readouterr().out.replace("┃", " ").split())
+        assert "example of batch 4" in out
+        assert ("batch 7" in out) == bool(wish)
+        settings = forms_module.LatencySettings(warmup=0, runs=1, rounds=1)
+        data = [torch.randn(2, 16)]
+        report = validate_onnx(
+            written.path, dataloader=data, model=small, provider="cpu", latency=settings, progress=False
+        )
+        report.save(tmp_path)
+        assert " | ".join(head[:5]) in (tmp_path / "report.md").read_text()
+        assert "".join(f"<th>{title}</th>" for title in head) in (tmp_path / "report.html").read_text()
+        (row,) = json.loads((tmp_path / "report.json").read_text())["forms"]
+        assert (row["flops_batch"], row["ms_batch"]) == (4, 7 if wish else None)
 
 
 @pytest.mark.parametrize(
