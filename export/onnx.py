@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_prune.export.entanglement import entropies_of
 from lightning_prune.export.forms import Settings, Wish, choose, grown
 from lightning_prune.export.graph import Graph, trace
 from lightning_prune.export.inputs import Inputs, read_inputs, read_outputs, widened
@@ -184,6 +185,7 @@ def _metadata(twin: nn.Module, plan: Plan, provenance: Mapping[str, Any] | None)
     except (TypeError, ValueError) as error:
         raise OptionError(f"provenance holds JSON types only: {error}.") from error
     parameters = sum(parameter.numel() for parameter in twin.parameters())
+    entropies = entropies_of(twin.named_modules())
     masked = sum(int((~mask).sum()) for mask in cut_masks(twin, plan).values()) if plan else 0
     return {
         "version": VERSION,
@@ -193,6 +195,7 @@ def _metadata(twin: nn.Module, plan: Plan, provenance: Mapping[str, Any] | None)
         "parameters": parameters,
         "unmasked": parameters - masked,
         "buffers": sum(buffer.numel() for buffer in twin.buffers()),
+        **({"entropies": entropies} if entropies else {}),
     }
 
 

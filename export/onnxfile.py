@@ -2,7 +2,8 @@
 
 Our metadata is one entry, ``lightning_prune``, of the model's ``metadata_props``: JSON with ``version``, ``plan`` (the
 plan's JSON), ``provenance``, ``parameters``, ``buffers``, ``flops`` (total, batch of the example), ``forms``
-(:func:`lightning_prune.export.forms.choose`) and ``graph`` (SHA-256 of everything but the metadata).
+(:func:`lightning_prune.export.forms.choose`), ``entropies`` (:mod:`lightning_prune.export.entanglement`; only with such layers) and
+``graph`` (SHA-256 of everything but the metadata).
 """
 
 import dataclasses

@@ -167,6 +167,8 @@ def inspect(options: Any, overrides: Overrides) -> int:
     console.print(f"{facts['parameters']:,} parameters{share}{stored}, {len(plan.steps)} changes", highlight=False)
     if facts.get("forms"):
         console.print(_form_table(facts["forms"]))
+    if facts["entropies"]:
+        console.print(_entropy_table(facts["entropies"], plan))
     return PASSED
 
 
@@ -305,6 +307,23 @@ def _form_table(record: Mapping[str, Any]) -> Any:
     return table
 
 
+def _entropy_table(entropies: Any, plan: "Plan") -> Any:
+    """Return the entropies of the cuts of matrix product operators as a table."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from lightning_prune.export.entanglement import entropy_rows
+    from lightning_prune.export.markup import show
+
+    table = Table("layer", title="Entanglement entropy")
+    for name in ("cut", "bond D", "entropy", "its limit, ln D"):
+        table.add_column(name, justify="right")
+    for row in entropy_rows(entropies, plan):
+        entropy = "not finite" if row["entropy"] is None else show(row["entropy"])
+        table.add_row(escape(row["layer"]), show(row["cut"]), show(row["bond"]), entropy, show(row["limit"]))
+    return table
+
+
 def _onnx_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:
     from lightning_prune.export import read_onnx
 
@@ -317,18 +336,21 @@ def _onnx_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:
         "bytes": file.bytes,
         "flops_per_example": file.flops,
     }
-    return facts | {key: file.metadata.get(key) or {} for key in ("forms", "provenance")}, file.plan
+    return facts | {key: file.metadata.get(key) or {} for key in ("forms", "provenance", "entropies")}, file.plan
 
 
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], "Plan | None"]:
     from lightning_prune.checkpoint import plan_in, read_checkpoint
+    from lightning_prune.export.entanglement import entropies_in
     from lightning_prune.recipe.folder import CHECKPOINT_KEY
 
     checkpoint = read_checkpoint(path)
     state = checkpoint["state_dict"]
     plan = plan_in(state)
-    total = 0 if plan is None else count_parameters(state, plan)
-    return {"kind": "checkpoint", "parameters": total, "provenance": checkpoint.get(CHECKPOINT_KEY, {})}, plan
+    if plan is None:
+        return {}, None
+    counted = {"parameters": count_parameters(state, plan), "entropies": entropies_in(state, plan)}
+    return {"kind": "checkpoint", **counted, "provenance": checkpoint.get(CHECKPOINT_KEY, {})}, plan
 
 
 def count_parameters(state: Mapping[str, Any], plan: "Plan") -> int:
