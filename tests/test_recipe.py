@@ -349,9 +349,16 @@ def test_gates_and_metrics_are_checked_before_training(tmp_path, validate, messa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal shows without CUDA")
-def test_a_missing_gpu_is_told_before_training(tmp_path):
-    with pytest.raises(LightningPruneError, match=r"validate.require_gpu: A GPU is required"):
-        runner.run(parse(content(export={}, validate={"require_gpu": True})), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("key", "blocks"),
+    [
+        ("validate.require_gpu", {"export": {}, "validate": {"require_gpu": True}}),
+        ("export.provider", {"export": {"form": "fastest", "provider": "cuda"}}),
+    ],
+)
+def test_a_missing_gpu_is_told_before_training(key, blocks, tmp_path):
+    with pytest.raises(LightningPruneError, match=rf"{key}: A GPU is required"):
+        runner.run(parse(content(**blocks)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -172,6 +172,8 @@ def _check_export(arguments: Mapping[str, Any]) -> None:
     )
     if settings.form == "fastest":
         load_onnxruntime()
+        if settings.provider == "cuda":
+            _check_gpu("export.provider", "cuda")
     need("onnxscript", "Exporting to ONNX")
     check_opset(arguments.get("opset"))
 
@@ -199,11 +201,11 @@ def _check_validate(arguments: Mapping[str, Any], dense: Stage | None) -> None:
     load_onnxruntime()
     need("matplotlib", "Drawing the pictures of a report")
     if found.get("require_gpu"):
-        _check_gpu(found.get("provider", "auto"))
+        _check_gpu("validate.require_gpu", found.get("provider", "auto"))
 
 
-def _check_gpu(provider: Any) -> None:
-    """Run a file of one weight as the validation will run its files: what onnxruntime lists as available need not load."""
+def _check_gpu(key: str, provider: Any) -> None:
+    """Run a file of one weight as the validation or export will run its files: what onnxruntime lists as available need not load."""
     from lightning_prune.export import export_onnx, open_session
 
     with tempfile.TemporaryDirectory() as folder:
@@ -212,5 +214,5 @@ def _check_gpu(provider: Any) -> None:
             open_session(written.path, provider, require_gpu=True)
         except LightningPruneError as error:
             raise RecipeError(
-                f"validate.require_gpu: {str(error).replace(str(written.path), 'a file of one weight')}"
+                f"{key}: {str(error).replace(str(written.path), 'a file of one weight')}"
             ) from error
