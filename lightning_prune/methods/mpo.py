@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.budget import allocate, resolve_bound
-from lightning_prune.budget.bonds import forms_within, ladder, price
+from lightning_prune.budget.bonds import forms_within, ladder, price, squeeze
 from lightning_prune.callback import Compression, Task
 from lightning_prune.callback.checks import check_choice, check_integer, nothing_to_change
 from lightning_prune.callback.core_decay import CoreDecay
@@ -280,7 +280,8 @@ class MPO(Compression):
             BudgetError: If the budget cannot be met.
         """
         sites, alone = self._find(task.model, task.cost.shapes)
-        forms, dense = self._choose(task, sites)
+        squeezed = None if not self.gradual else self._bonds if self._task else {}  # outside of a fit, from dense
+        forms, dense = self._choose(task, sites, squeezed)
         steps = [step for name, form in forms.items() for step in self._steps(name, sites[name], form)]
         return Plan(tuple(steps), alone | dense)
 
@@ -340,12 +341,14 @@ class MPO(Compression):
             found[name] = form
         return found
 
-    def _choose(self, task: Task, sites: Mapping[str, Site]) -> tuple[dict[str, Form], dict[str, str]]:
+    def _choose(
+        self, task: Task, sites: Mapping[str, Site], squeezed: Mapping[str, Sequence[int]] | None = None
+    ) -> tuple[dict[str, Form], dict[str, str]]:
         """Return the forms of layers that change, and why others stay dense."""
         forms = self._forms(sites)
         if self.bounded is not None:
             values = {name: self._values(name, site, forms[name]) for name, site in sites.items()}
-            chosen = self._within_budget(task, sites, forms, values)
+            chosen = self._within_budget(task, sites, forms, values, squeezed)
             cheaper = {name: "the budget is met with it dense" for name in forms if name not in chosen}
             return chosen, cheaper
         chosen, dense = {}, {}
@@ -396,13 +399,18 @@ class MPO(Compression):
         sites: Mapping[str, Site],
         forms: Mapping[str, Form],
         values: Mapping[str, Sequence[Tensor]],
+        squeezed: Mapping[str, Sequence[int]] | None,
     ) -> dict[str, Form]:
-        """Return the forms under a bound, which falls from the dense cost by ``task.progress``; bonds that were squeezed do not grow."""
+        """Return the forms under a bound, which falls from the dense cost by ``task.progress``: at once, or from bonds that were squeezed."""
         what = self.bounded or "params"
         have = {"flops": task.cost.total, "params": task.params}[what]
         origin = {"flops": task.origin.flops, "params": task.origin.params}[what]
         bound = resolve_bound(getattr(self, what), origin, what)
         bound += round((1 - task.progress) * max(0, have - bound))
+        if squeezed is not None:
+            costs = {name: functools.partial(site.price, what=what) for name, site in sites.items()}
+            rest = have - sum(cost(None) for cost in costs.values())
+            return squeeze(forms, values, costs, squeezed, bound, fixed=rest, name=what)
         ladders, offered, fixed = {}, {}, have
         for name, site in sites.items():
             offered[name] = forms_within(forms[name], values[name])
@@ -441,11 +449,11 @@ class MPO(Compression):
 
     @torch.no_grad()
     def _squeeze(self, progress: float) -> None:
-        """Lower bonds as the bound asks for by now, where least is lost, and project the weights, in place."""
+        """Lower one bond after the other as the bound asks for by now, where least is lost, and project the weights, in place."""
         task = self._task
         assert task is not None, "begin() comes before the first step"
         now = Task(task.model, task.calls, task.cost, task.plan, task.origin, task.probe, progress)
-        forms = self._choose(now, self._sites)[0]
+        forms = self._choose(now, self._sites, self._bonds)[0]
         self._bonds = {name: list(form.bonds) for name, form in forms.items()}
         for name, form in forms.items():
             layer = self._sites[name].layer
