@@ -12,6 +12,7 @@ from torch import nn
 from lightning_prune import MPO, compress, count_flops, load_from_checkpoint
 from lightning_prune.budget.bonds import forms_within, ladder, price
 from lightning_prune.callback.core_decay import CoreDecay
+from lightning_prune.callback.one_shot import end_of
 from lightning_prune.errors import BudgetError, ModelError, OptionError, PlanError
 from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.mpo import MPOConv, MPOLinear, build_mpo
@@ -489,6 +490,56 @@ def test_bonds_are_squeezed_while_training_and_the_bound_holds_in_the_end(tmp_pa
     assert len(set(costs)) > 3
     assert 0.25 * dense < params(model) <= 0.3 * dense
     assert {step.action for step in plan_of(model).steps} == {"mpo"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bound", [{"flops": 0.35}, {"params": 0.3}])
+def test_bonds_never_grow_fall_by_no_move_too_many_and_no_layer_becomes_dense_again(bound, seed, tmp_path):
+    states = [{}]
+
+    class Watched(MPO):
+        def cost(self, bonds):
+            """What the model costs in those bonds."""
+            forms, total = self._forms(self._sites), self.dense
+            for name, layer_bonds in bonds.items():
+                site, form = self._sites[name], forms[name].with_bonds(layer_bonds)
+                total += price(site.dense, form, site.calls, what) - price(site.dense, None, site.calls, what)
+            return total
+
+        def _squeeze(self, progress):
+            super()._squeeze(progress)
+            self.dense = {"params": self._task.params, "flops": self._task.cost.total}[what]
+            limit = int(share * self.dense)
+            limit += round((1 - progress) * (self.dense - limit))
+            old, new = states[-1], {name: tuple(bonds) for name, bonds in self._bonds.items()}
+            assert old.keys() <= new.keys()
+            assert all(b <= a for name in old for b, a in zip(new[name], old[name], strict=True))
+            assert self.cost(new) <= limit
+            before_last = [{name: new[name] for name in new if name != left} for left in new.keys() - old.keys()]
+            for name, bonds in new.items():
+                raised = [(*bonds[:k], bond + 1, *bonds[k + 1 :]) for k, bond in enumerate(bonds)]
+                before_last += [new | {name: b} for b in raised]
+            assert new == old or any(self.cost(bonds) > limit for bonds in before_last)
+            states.append(new)
+
+    ((what, share),) = bound.items()
+    torch.manual_seed(seed)
+    model = LitNet()
+    method = Watched(**bound, dimension_squeezing=True, until_epoch=3, every_n_steps=1, recalibrate_bn=0)
+    trainer(tmp_path, callbacks=[method], max_epochs=4).fit(model, loader())
+    assert len({str(state) for state in states}) > 4
+    assert {step.module: tuple(step.bonds) for step in plan_of(model).steps} == states[-1]
+
+
+def test_outside_of_a_fit_squeezing_starts_from_dense_whatever_was_fitted_before(tmp_path):
+    torch.manual_seed(0)
+    fresh, used = (MPO(params=0.5, dimension_squeezing=True, until_epoch=1, every_n_steps=1) for _ in range(2))
+    trainer(tmp_path, callbacks=[used], max_epochs=1).fit(LitNet(), loader())
+    used._bonds = {name: [1] * len(bonds) for name, bonds in used._bonds.items()}
+    model = LitNet()
+    plans = [end_of(model, method, torch.zeros(2, 1, 8, 8))[1] for method in (fresh, used)]
+    assert plans[0].steps == plans[1].steps
+    assert max(max(step.bonds) for step in plans[0].steps) > 1
 
 
 # What is refused ------------------------------------------------------------------------------------------------------------
