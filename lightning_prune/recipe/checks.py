@@ -213,6 +213,4 @@ def _check_gpu(key: str, provider: Any) -> None:
         try:
             open_session(written.path, provider, require_gpu=True)
         except LightningPruneError as error:
-            raise RecipeError(
-                f"{key}: {str(error).replace(str(written.path), 'a file of one weight')}"
-            ) from error
+            raise RecipeError(f"{key}: {str(error).replace(str(written.path), 'a file of one weight')}") from error

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from lightning_prune.export import export_onnx, open_session, read_onnx, validate_onnx
-from lightning_prune.export.forms import Settings, forms_of, merge, rows, titles
+from lightning_prune.export.forms import Settings, rows, titles
 from lightning_prune.export.latency import time_round
+from lightning_prune.export.variants import forms_of, merge
 from optimized import optimized_numbers
 from torch import nn
 from torch.nn import functional
