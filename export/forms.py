@@ -22,7 +22,7 @@ from lightning_prune.export.optional import need
 from lightning_prune.export.outputs import as_arrays
 from lightning_prune.export.runtime import CUDA, Provider, load_onnxruntime, open_session
 from lightning_prune.export.twin import cpu_twin, run
-from lightning_prune.export.variants import Variant, forms_of
+from lightning_prune.export.variants import Variant, dense_spec, forms_of
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -218,7 +218,7 @@ def _measured(
         x = max(inputs[name], key=torch.Tensor.numel)
         layer = layers[name]
         forms = sorted(forms_of(layer), key=lambda form: form.numbers)
-        key = (repr(layer), isinstance(layer, MPOConv) and repr(_dense_spec(layer)), x.shape, x.dtype)
+        key = (repr(layer), isinstance(layer, MPOConv) and repr(dense_spec(layer)), x.shape, x.dtype)
         if key not in known:
             runs, ran = _sessions(forms, x, settings, opset, dynamic_batch)
             record |= {"provider": ran["provider"], "batch": batch, "threads": ran["threads"]}

@@ -176,7 +176,7 @@ class _TransposedConv(_Transposed, MPOConv):
 
 def _contractions(layer: MPOLinear | MPOConv) -> list[Variant]:
     numbers = sum(parameter.numel() for parameter in layer.parameters())
-    spec = _dense_spec(layer)
+    spec = dense_spec(layer)
     found = [
         Variant(
             f"{way}, transposed" if transposed else way,
@@ -195,7 +195,7 @@ def _contractions(layer: MPOLinear | MPOConv) -> list[Variant]:
 
 def _contracted(layer: MPOLinear | MPOConv, way: Way, transposed: bool) -> nn.Module:
     kinds = (_TransposedLinear, _TransposedConv) if transposed else (MPOLinear, MPOConv)
-    like: Any = layer_from(_dense_spec(layer), device="meta", dtype=layer.cores[0].dtype)
+    like: Any = layer_from(dense_spec(layer), device="meta", dtype=layer.cores[0].dtype)
     form = layer.form
     one_way = _OneWay(form.outputs, form.inputs, form.bonds, form.kernel, way)
     small = kinds[isinstance(layer, MPOConv)](like, one_way)
@@ -205,14 +205,14 @@ def _contracted(layer: MPOLinear | MPOConv, way: Way, transposed: bool) -> nn.Mo
 
 @torch.no_grad()
 def _dense(layer: MPOLinear | MPOConv) -> nn.Module:
-    dense = layer_from(_dense_spec(layer), dtype=layer.cores[0].dtype)
+    dense = layer_from(dense_spec(layer), dtype=layer.cores[0].dtype)
     dense.weight.copy_(copy.deepcopy(layer).double().dense_weight())
     if dense.bias is not None and layer.bias is not None:
         dense.bias.copy_(layer.bias)
     return dense
 
 
-def _dense_spec(layer: MPOLinear | MPOConv) -> dict[str, Any]:
+def dense_spec(layer: MPOLinear | MPOConv) -> dict[str, Any]:
     """Describe the dense layer that a matrix product operator stands for."""
     ends: dict[str, Any] = {"in": layer.weight_shape[1], "out": layer.weight_shape[0], "bias": layer.bias is not None}
     if isinstance(layer, MPOLinear):

@@ -7,7 +7,7 @@ import lightning_prune.export.forms as forms_module
 import numpy as np
 import pytest
 import torch
-from lightning_prune.export import export_onnx, open_session, read_onnx, validate_onnx
+from lightning_prune.export import export_onnx, open_session, read_onnx, validate_onnx, variants
 from lightning_prune.export.forms import Settings, rows, titles
 from lightning_prune.export.latency import time_round
 from lightning_prune.export.variants import forms_of, merge
@@ -306,7 +306,7 @@ def test_a_form_that_multiplies_its_cores_is_refused(monkeypatch, wide, tmp_path
         def forward(self, x):
             return functional.linear(x, self.dense_weight())
 
-    monkeypatch.setattr(forms_module, "_contracted", Rebuilt)
+    monkeypatch.setattr(variants, "_contracted", Rebuilt)
     with pytest.raises(ExportError, match="the exporter multiplied weights"):
         export_onnx(wide[:1].append(wide[2]), tmp_path / "net.onnx", torch.randn(1, 16), form="smallest")
 
