@@ -85,7 +85,7 @@ def squeeze(
 
     Args:
         forms: Modes by layer.
-        values: Singular values of every cut, ``[n]`` each, descending.
+        values: Singular values of every cut, ``[n]`` each, descending; more layers may be there.
         costs: What a layer costs in a form; for None, dense.
         bonds: Where to start: useful bonds of the layers that have a form; the others are dense.
         bound: What the total may cost at most.
@@ -98,7 +98,7 @@ def squeeze(
     Raises:
         BudgetError: If no move is left and the total is above the bound; names the layers that bind.
     """
-    losses = {layer: _losses(cuts) for layer, cuts in values.items()}
+    losses = {layer: _losses(values[layer]) for layer in forms}
     now = {layer: form.with_bonds(bonds[layer]) if layer in bonds else None for layer, form in forms.items()}
     spent = {layer: costs[layer](form) for layer, form in now.items()}
     total = fixed + sum(spent.values())

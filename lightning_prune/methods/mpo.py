@@ -401,16 +401,15 @@ class MPO(Compression):
         values: Mapping[str, Sequence[Tensor]],
         squeezed: Mapping[str, Sequence[int]] | None,
     ) -> dict[str, Form]:
-        """Return the forms under a bound, which falls from the dense cost by ``task.progress``: at once, or from bonds that were squeezed."""
+        """Return the forms under a bound: at once, or from bonds that were squeezed.
+
+        The bound of squeezing falls from the dense cost by ``task.progress``. It enters only layers that an allocation at once, below the bound of
+        the end, would change: one whose first form saves much and loses much would else come last, when others have lost all they have for nothing.
+        """
         what = self.bounded or "params"
         have = {"flops": task.cost.total, "params": task.params}[what]
         origin = {"flops": task.origin.flops, "params": task.origin.params}[what]
         bound = resolve_bound(getattr(self, what), origin, what)
-        bound += round((1 - task.progress) * max(0, have - bound))
-        if squeezed is not None:
-            costs = {name: functools.partial(site.price, what=what) for name, site in sites.items()}
-            rest = have - sum(cost(None) for cost in costs.values())
-            return squeeze(forms, values, costs, squeezed, bound, fixed=rest, name=what)
         ladders, offered, fixed = {}, {}, have
         for name, site in sites.items():
             offered[name] = forms_within(forms[name], values[name])
@@ -418,7 +417,14 @@ class MPO(Compression):
             fixed -= dense
             ladders[name] = ladder(offered[name], [site.price(form, what) for form, _ in offered[name]], dense)
         sizes = allocate(ladders, bound, fixed=fixed, name=what)
-        return {name: offered[name][size][0] for name, size in sizes.items() if size is not None}
+        found = {name: offered[name][size][0] for name, size in sizes.items() if size is not None}
+        if squeezed is None:
+            return found
+        entered = [name for name in forms if name in found or name in squeezed]
+        costs = {name: functools.partial(sites[name].price, what=what) for name in entered}
+        rest = have - sum(cost(None) for cost in costs.values())
+        bound += round((1 - task.progress) * max(0, have - bound))
+        return squeeze({name: forms[name] for name in entered}, values, costs, squeezed, bound, fixed=rest, name=what)
 
     # Squeezing ------------------------------------------------------------------------------------------------------------------
 
