@@ -60,11 +60,11 @@ def forms_within(form: Form, values: Sequence[Tensor]) -> list[tuple[Form, float
 
 
 def ladder(forms: Sequence[tuple[Form, float]], costs: Sequence[int], dense: int) -> list[Choice]:
-    """Return the forms that are cheaper than all that lose less, then the dense layer; sizes are positions in ``forms``."""
+    """Return the forms that are cheaper than all that lose less, then the dense layer."""
     found = [Choice(None, 0.0, dense)]
     for k in reversed(range(len(forms))):
         if costs[k] < found[-1].cost:
-            found.append(Choice(k, forms[k][1], costs[k]))
+            found.append(Choice(forms[k][0], forms[k][1], costs[k]))
     return found[::-1]
 
 
@@ -112,7 +112,7 @@ def squeeze(
             if best := next((move for move in priced if move[2] < spent[layer]), None):
                 heapq.heappush(moves, best)
         if not moves:
-            least = {layer: Choice(form and form.bonds, 0.0, spent[layer]) for layer, form in now.items()}
+            least = {layer: Choice(form, 0.0, spent[layer]) for layer, form in now.items()}
             ends = {layer: (least[layer], Choice(None, 0.0, cost(None))) for layer, cost in costs.items()}
             allocate(ends, bound, fixed=fixed, name=name)  # raises: the least is more than the bound
         _, layer, cost, now[layer] = heapq.heappop(moves)

@@ -144,5 +144,5 @@ def _cannot_be_met(ladders: Mapping[str, Sequence[Choice]], bound: int, fixed: i
     return BudgetError(
         f"{name}: at most {bound:,} asked for, but {least:,} is the least that can be reached ({share} of the "
         f"{dense:,} that the model has now). Bound by {', '.join(shown) or 'no layer at all'}{others}, each at its smallest, and {fixed:,} "
-        f"outside of the layers chosen, factorized ones among it. Raise {name}, lower align, or include more layers."
+        f"outside of the layers chosen, factorized ones among it. Raise {name}, lower align where there is one, or include more layers."
     )

@@ -1,8 +1,8 @@
 """Weight decay on layers that are products of cores: one ``n``-th on each of ``n``, so that the product shrinks as a dense weight would.
 
-What SGD, Adam and others add to the gradient is lessened there, before clipping; where decay is a factor of its own (AdamW), the cores are grown
-back after the step, which scales the step itself by less than the learning rate times the decay. How other optimizers than torch's own decay is
-not known; they are left alone.
+What SGD, Adam and others add to the gradient is lessened there, before clipping, which takes its part of that; where decay is a factor of its own
+(AdamW), the cores are grown back after the step, which scales the step itself by less than the learning rate times the decay. How other optimizers
+than torch's own decay is not known; they are left alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,6 +30,10 @@ class CoreDecay:
     def __init__(self, model: nn.Module) -> None:
         layers = [[core for core in m.cores if core.requires_grad] for m in model.modules() if isinstance(m, MPO)]
         self._counts = {core: len(cores) for cores in layers for core in cores}
+
+    def is_clipped(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Tell whether clipping gradients would clip what :meth:`lessen` does."""
+        return any(not _is_decoupled(optimizer, group) for _, _, group in self._decayed(optimizer))
 
     @torch.no_grad()
     def lessen(self, optimizer: torch.optim.Optimizer) -> None:

@@ -13,8 +13,9 @@ a core of its own (Garipov et al. 2016, arXiv:1611.03214); only those of ``unrol
 size of the example, as the paper has it for tiny maps, channels first.
 
 Weight decay on ``n`` factors shrinks their product ``n`` times as fast: while this callback is in the Trainer, it counts one ``n``-th on the cores
-(:mod:`lightning_prune.callback.core_decay`). Products of several cores have steep places: with plain SGD a learning rate that suits the dense
-layer may be too large for four of them; clip gradients (``gradient_clip_val``), as the benchmark on MNIST does, or train with Adam.
+(:mod:`lightning_prune.callback.core_decay`), but for what gradient clipping takes of that. Products of several cores have steep places: with plain
+SGD a learning rate that suits the dense layer may be too large for four of them; clip gradients (``gradient_clip_val``), as the benchmark on MNIST
+does, or train with Adam.
 """
 
 import contextlib
@@ -37,8 +38,9 @@ from lightning_prune.callback.checks import check_choice, check_integer, nothing
 from lightning_prune.callback.core_decay import CoreDecay
 from lightning_prune.errors import ModelError, OptionError
 from lightning_prune.methods.low_rank import Target
+from lightning_prune.structure.carrier import plan_of
 from lightning_prune.structure.factorized import Shapes
-from lightning_prune.structure.layers import DenseLayer, describe, is_plain
+from lightning_prune.structure.layers import DenseLayer, describe, is_plain, layer_from
 from lightning_prune.structure.mpo import WAYS, Training, positions_of, tensor_of, weight_from
 from lightning_prune.structure.plan import Plan
 from lightning_prune.structure.replaceable import ZERO, replaceable
@@ -53,7 +55,7 @@ from lightning_prune.structure.tensor_train import (
     tt_svd_within,
     useful_bonds,
 )
-from lightning_prune.structure.unrolled import Unrolled, extents_of, unroll, why_not_unrolled
+from lightning_prune.structure.unrolled import extents_of, unroll, why_not_unrolled
 
 T = TypeVar("T")
 
@@ -137,6 +139,7 @@ class MPO(Compression):
             out shares no weights between pixels, so pretrained it is a convolution only as far as the bonds allow. None: none.
         auxiliary_only: Whether the largest core of every decomposed layer is frozen and only the others train.
         dimension_squeezing: Whether bonds shrink step by step while training, where least is lost; needs ``params`` or ``flops`` and ``until_epoch``.
+            Less than the bound may be left: the first form of a layer that pays can save much at once, and bonds never grow again.
         every_n_steps: Optimizer steps from one squeezing to the next.
         seed: Of the cores drawn from scratch.
         start_epoch: First epoch that squeezes.
@@ -220,6 +223,10 @@ class MPO(Compression):
         if self.gradual and self.unroll is not None:
             raise OptionError(
                 "MPO(unroll=...) goes without dimension_squeezing=True, under which layers stay convolutions until the end."
+            )
+        if self.error is not None and self.mode == "scratch":
+            raise OptionError(
+                "MPO(error=...) asks what trained weights lose; with mode='scratch' give bond=, params= or flops=."
             )
         if self.auxiliary_only is True and self.mode == "scratch":
             raise OptionError(
@@ -307,6 +314,10 @@ class MPO(Compression):
             return why_not_unrolled(layer, shapes[name]) if name in unrolled else None
 
         layers, alone = replaceable(model, self.include, self.exclude, obstacle)
+        if missed := sorted(unrolled - set(layers) - set(alone)):
+            raise OptionError(
+                f"MPO(unroll=...) names {', '.join(map(repr, missed))}, which include= or exclude= leaves out."
+            )
         sites = {}
         for name, layer in layers.items():
             assert is_plain(layer), "kinds that may be replaced again were not asked for"
@@ -317,11 +328,17 @@ class MPO(Compression):
 
     def _unrolled(self, model: nn.Module) -> set[str]:
         """Return the names of the convolutions to unroll."""
+        if self.unroll is None:
+            return set()
         modules = dict(model.named_modules())
-        if self.unroll is None or any(isinstance(module, Unrolled) for module in modules.values()):
-            return set()  # of a model that was unrolled already, nothing is asked again
+        unrolled = {
+            s.module: layer_from(s.before, device="meta") for s in plan_of(model).steps if isinstance(s, Unroll)
+        }
         convolutions = {name: m for name, m in modules.items() if is_plain(m) and not isinstance(m, nn.Linear)}
-        return matching(convolutions, self.unroll, "unroll")
+        try:
+            return matching({**unrolled, **convolutions}, self.unroll, "unroll") - set(unrolled)
+        except OptionError as error:
+            raise OptionError(f"MPO: {error} Only plain convolutions are unrolled.") from error
 
     def _forms(self, sites: Mapping[str, Site]) -> dict[str, Form]:
         """Return modes for every layer, the bonds still 1."""
@@ -410,14 +427,14 @@ class MPO(Compression):
         have = {"flops": task.cost.total, "params": task.params}[what]
         origin = {"flops": task.origin.flops, "params": task.origin.params}[what]
         bound = resolve_bound(getattr(self, what), origin, what)
-        ladders, offered, fixed = {}, {}, have
+        ladders, fixed = {}, have
         for name, site in sites.items():
-            offered[name] = forms_within(forms[name], values[name])
+            offered = forms_within(forms[name], values[name])
             dense = site.price(None, what)
             fixed -= dense
-            ladders[name] = ladder(offered[name], [site.price(form, what) for form, _ in offered[name]], dense)
+            ladders[name] = ladder(offered, [site.price(form, what) for form, _ in offered], dense)
         sizes = allocate(ladders, bound, fixed=fixed, name=what)
-        found = {name: offered[name][size][0] for name, size in sizes.items() if size is not None}
+        found = {name: form for name, form in sizes.items() if form is not None}
         if squeezed is None:
             return found
         entered = [name for name in forms if name in found or name in squeezed]
@@ -486,17 +503,25 @@ class MPO(Compression):
 
     # Weight decay ---------------------------------------------------------------------------------------------------------------
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check and log as every method does, and balance the decay of cores from now on; of several of us the first does, for all layers."""
+        super().on_fit_start(trainer, pl_module)
+        if next(callback for callback in trainer.callbacks if isinstance(callback, MPO)) is not self:
+            return
+        self._decay = decay = CoreDecay(pl_module)
+        if trainer.gradient_clip_val and any(map(decay.is_clipped, trainer.optimizers)):
+            log.warning(
+                "MPO: gradient_clip_val clips what is taken back of the weight decay on cores as well, so that they may decay faster than one dense "
+                "weight would. AdamW decays apart from the gradient."
+            )
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(lambda stepped, *_: decay.give_back(stepped)))
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Let squeezing act on the gradients, and lessen the decay that an optimizer will add to them."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._decay is None:
-            self._decay = CoreDecay(pl_module)
-        self._decay.lessen(optimizer)
-
-    def on_stepped(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Give back what decay of its own has taken."""
         if self._decay is not None:
-            self._decay.give_back(optimizer)
+            self._decay.lessen(optimizer)
 
 
 @contextlib.contextmanager

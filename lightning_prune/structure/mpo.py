@@ -251,7 +251,7 @@ def check_form(layer: nn.Module, form: Form) -> None:
     positions = positions_of(describe(layer))
     if form.rows < outputs or form.columns < inputs or form.kernel != positions:
         raise ModelError(
-            f"A weight of {list(layer.weight.shape)} has no {form}: the modes must multiply to {outputs} outputs and {inputs} inputs or more "
+            f"A weight of {list(layer.weight.shape)} has no {form!r}: the modes must multiply to {outputs} outputs and {inputs} inputs or more "
             f"(the rest is filled up with zeros), and the kernel has {positions} positions."
         )
 

@@ -55,14 +55,17 @@ class Form:
     def __post_init__(self) -> None:
         if not self.outputs or len(self.outputs) != len(self.inputs) or len(self.bonds) != len(self.sizes) - 1:
             raise ModelError(
-                f"{self}: there must be as many output as input modes, and a bond between each two neighbours, "
+                f"{self!r}: there must be as many output as input modes, and a bond between each two neighbours, "
                 f"{len(self.sizes) - 1} here."
             )
         if any(type(size) is not int or size < 1 for size in (*self.outputs, *self.inputs, *self.bonds)):
-            raise ModelError(f"{self}: modes and bonds are integers of at least 1.")
+            raise ModelError(f"{self!r}: modes and bonds are integers of at least 1.")
         products = self._products()
         object.__setattr__(self, "_costs", products)
         object.__setattr__(self, "_efforts", self._work(products))  # asked in every forward pass
+
+    def __str__(self) -> str:
+        return f"bonds {'/'.join(map(str, self.bonds)) or 'none'}"
 
     @property
     def sizes(self) -> tuple[int, ...]:

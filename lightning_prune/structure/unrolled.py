@@ -15,6 +15,7 @@ from lightning_prune.errors import ModelError
 from lightning_prune.structure.layers import Conv, DenseLayer, describe, layer_from
 
 LARGEST = 2**28  # entries of the matrix of a linear map: 1 GiB in float32
+_CHUNK = 2**22  # entries of unit images that are convolved at once
 
 
 class Unrolled(nn.Module):
@@ -113,10 +114,11 @@ def unroll(layer: Conv, extent: Sequence[int]) -> Unrolled:
     made = build_unrolled(layer, extent)
     linear: Any = made.linear
     size, weight = math.prod(made.inputs), layer.weight.double()
-    images = torch.eye(size, dtype=torch.float64, device=weight.device).view(size, *made.inputs)
     values = {"weight": weight}
     if layer.bias is not None:
         values["bias"] = torch.zeros_like(layer.bias, dtype=torch.float64)
         linear.bias.copy_(layer.bias[:, None].expand(-1, math.prod(made.outputs[1:])).flatten())
-    linear.weight.copy_(torch.func.functional_call(layer, values, (images,)).flatten(1).T)
+    for some in torch.split(torch.arange(size, device=weight.device), max(1, _CHUNK // size)):
+        images = torch.nn.functional.one_hot(some, size).double().view(-1, *made.inputs)
+        linear.weight[:, some] = torch.func.functional_call(layer, values, (images,)).flatten(1).T.to(linear.weight)
     return made

@@ -31,8 +31,8 @@ def test_forms_that_cost_more_and_lose_more_are_not_offered():
     forms = [(Form((2, 2), (2, 2), (bond,)), loss) for bond, loss in ((1, 0.9), (2, 0.5), (3, 0.2), (4, 0.0))]
     found = ladder(forms, [10, 40, 30, 60], dense=50)
     assert [(choice.size, choice.loss, choice.cost) for choice in found] == [
-        (0, 0.9, 10),
-        (2, 0.2, 30),
+        (forms[0][0], 0.9, 10),
+        (forms[2][0], 0.2, 30),
         (None, 0.0, 50),
     ]
 
@@ -136,6 +136,6 @@ def test_a_bound_below_all_moves_names_the_layers_that_bind():
     values, costs = offered("params")
     least = total(costs, walk(values, costs, "params")[-1])
     with pytest.raises(
-        BudgetError, match=rf"params: at most {least - 1} asked for, but {least} is .* by 'two' \(\(1,\)"
+        BudgetError, match=rf"params: at most {least - 1} asked for, but {least} is .* by 'two' \(bonds 1:"
     ):
         squeeze(FORMS, values, costs, {}, least - 1)

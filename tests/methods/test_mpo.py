@@ -87,7 +87,7 @@ def test_nothing_that_loses_less_fits_into_what_is_left_of_the_budget(what):
         forms = forms_within(step.form, cut_values(fold(layer.weight.detach(), step.form)))
         costs = [price(layer, form, shapes[step.module], what) for form, _ in forms]
         choices = ladder(forms, costs, price(layer, None, shapes[step.module], what))
-        here = next(k for k, choice in enumerate(choices) if forms[choice.size][0] == step.form)
+        here = next(k for k, choice in enumerate(choices) if choice.size == step.form)
         assert choices[here + 1].cost - choices[here].cost > int(0.4 * counts[0]) - counts[1]
 
 
@@ -358,6 +358,10 @@ def test_the_papers_convolution_as_a_linear_map_has_its_count():
     assert params(small) == 2 * 2 * 4 + 3 * (4 * 8 * 8 * 4) + 4 * 2 * 2  # 3,104 where the dense map has 2048^2
 
 
+def small_maps():
+    return nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Flatten())
+
+
 def test_what_cannot_be_unrolled_is_left_alone_with_the_reason_or_refused():
     class Twice(nn.Module):
         def __init__(self):
@@ -369,6 +373,13 @@ def test_what_cannot_be_unrolled_is_left_alone_with_the_reason_or_refused():
 
     _, plan = compress(Twice(), MPO(bond=2, unroll="conv"), torch.zeros(1, 8, 6, 4))
     assert plan.left_alone["conv"].startswith("it is called with maps of 3x4 and 6x4")
+    with pytest.raises(OptionError, match=r"'conv', which include= or exclude= leaves out"):
+        compress(Twice(), MPO(bond=2, unroll="conv", exclude="conv"), torch.zeros(1, 8, 6, 4))
+    small, _ = compress(small_maps(), MPO(bond=2, cores=3, unroll="0", include="0"), torch.zeros(1, 16, 4, 4))
+    small, plan = compress(small, MPO(bond=2, cores=3, unroll=["0", "2"], include="2"), torch.zeros(1, 16, 4, 4))
+    assert [step.module for step in plan.steps][-2:] == ["2", "2.linear"]
+    with pytest.raises(OptionError, match="unroll='nine' matches no layer"):
+        compress(small, MPO(bond=1, unroll="nine"), torch.zeros(1, 16, 4, 4))
     with pytest.raises(OptionError, match=r"unroll='fc' matches no layer.*'conv'"):
         compress(Twice(), MPO(bond=2, unroll="fc"), torch.zeros(1, 8, 6, 4))
 
@@ -427,6 +438,51 @@ def test_without_a_gradient_of_the_loss_the_weight_decays_as_a_dense_one(kind, l
     decay.give_back(optimizer)
     share = 1 - lr * (0.3 if lr < 1 else 1.0)
     torch.testing.assert_close(layer.dense_weight().detach(), share * before, rtol=3 * (1 - share) ** 2, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_two_callbacks_and_two_optimizers_balance_every_core_once(kind, tmp_path):
+    class Still(LitNet):
+        def __init__(self):
+            super().__init__(norm=False)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad(set_to_none=False)
+            self.manual_backward(0 * self(batch[0]).sum())
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            own = [p for name, p in self.named_parameters() if "net.8" in name]
+            rest = [p for name, p in self.named_parameters() if "net.8" not in name]
+            return [getattr(torch.optim, kind)(part, lr=0.1, weight_decay=0.1) for part in (own, rest)]
+
+    torch.manual_seed(0)
+    model = Still()
+    methods = [MPO(bond=3, include="net.8"), MPO(bond=2, include="net.10")]
+    before = [compress(model, method, torch.zeros(2, 1, 8, 8))[0] for method in methods]
+    run = trainer(tmp_path, callbacks=methods, max_epochs=1)
+    run.fit(model, loader())
+    for name, old in zip(("net.8", "net.10"), before, strict=True):
+        steps = run.global_step // 2
+        norms = [float(m.get_submodule(name).dense_weight().detach().norm()) for m in (model, old)]
+        assert norms[0] / norms[1] == pytest.approx(0.99**steps, rel=1e-3)
+
+
+def test_clipped_balancing_is_said(tmp_path, caplog):
+    class Decaying(LitNet):
+        def configure_optimizers(self):
+            return getattr(torch.optim, self.hparams.optimizer)(self.parameters(), lr=0.01, weight_decay=0.1)
+
+    for kind, count in (("SGD", 1), ("AdamW", 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "lightning_prune"):
+            trainer(tmp_path, callbacks=[MPO(bond=2)], max_epochs=1, gradient_clip_val=0.1).fit(
+                Decaying(optimizer=kind), loader()
+            )
+        assert sum("gradient_clip_val" in r.getMessage() for r in caplog.records) == count
 
 
 def test_decay_of_an_optimizer_that_is_not_torchs_is_left_alone():
@@ -560,6 +616,7 @@ def test_outside_of_a_fit_squeezing_starts_from_dense_whatever_was_fitted_before
         ({"bond": 2, "modes": "x"}, "by name or glob"),
         ({"bond": 2, "modes": {0: [[2], [2]]}}, "by name or glob"),
         ({"bond": 2, "mode": "scratch", "auxiliary_only": True}, "drawn at random"),
+        ({"error": 0.1, "mode": "scratch"}, "trained weights lose"),
         ({"bond": 2, "cores": 1}, "cores=1"),
         ({"bond": 2, "mode": "trained"}, "mode='trained'"),
         ({"bond": 2, "train": "fast"}, "train='fast'"),
