@@ -50,7 +50,10 @@ def forms_within(form: Form, values: Sequence[Tensor]) -> list[tuple[Form, float
     Returns:
         Forms with ascending bonds, and the share of the squares that each may lose at most: the sum over the cuts, exact for one cut.
     """
-    losses = _losses(values)
+    return _forms_within(form, _losses(values))
+
+
+def _forms_within(form: Form, losses: Sequence[Sequence[float]]) -> list[tuple[Form, float]]:
     found: dict[tuple[int, ...], float] = {}
     for threshold in sorted({loss for cut in losses for loss in cut}, reverse=True):
         at = [next(k for k, loss in enumerate(cut) if loss <= threshold) for cut in losses]
@@ -107,7 +110,9 @@ def squeeze(
     while total > bound:
         for layer in moved:
             here = now[layer]
-            offered = forms_within(forms[layer], values[layer])[::-1] if here is None else _lowered(here, losses[layer])
+            offered = (
+                _forms_within(forms[layer], losses[layer])[::-1] if here is None else _lowered(here, losses[layer])
+            )
             priced = ((loss, layer, costs[layer](form), form) for form, loss in offered)
             if best := next((move for move in priced if move[2] < spent[layer]), None):
                 heapq.heappush(moves, best)
